@@ -1,0 +1,84 @@
+"""Answer: which plan to run for a problem, and how much that can be trusted."""
+
+import enum
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from .config import Candidate, Plan
+from .problem import Problem
+from .software import Software
+from .trial import Measurement
+
+
+class Match(enum.StrEnum):
+    """How well the evidence fits the question, best first."""
+
+    EXACT = "exact"
+    STALE = "stale"
+    NEAR = "near"
+    PREDICTED = "predicted"
+    DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finalist:
+    """One candidate's result in an interleaved final."""
+
+    candidate: Candidate
+    measurement: Measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """The interleaved final an answer rests on.
+
+    - noise: half-width of the final's ratio of a candidate to itself, as a share; differences below it mean nothing.
+    - trials, failed: how much was searched, and how much of that failed.
+    - reference: the candidate every ratio is taken against.
+    - reason: one sentence that says why this plan was chosen.
+    """
+
+    job: str | None
+    measured: datetime
+    reference: Candidate
+    finalists: tuple[Finalist, ...]
+    noise: float
+    trials: int
+    failed: int
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What to run for `problem` on `device_key`.
+
+    - match: how the answer was found; `missed` names the field that kept a better match away, empty for exact.
+    - measured: the problem the evidence is about: `problem` itself, or its bucket, or a near one; None for default.
+    - expected_ms, interval: time of the plan with its 20th and 80th percentile; None for default.
+    - regret: upper bound of the share of time lost against the best plan known; 0 for exact.
+    - baseline_ms: time of torch's own choice in the same final.
+    - version: counts the changes of this answer; a write names the version it replaces.
+    """
+
+    problem: Problem
+    device_key: str
+    plan: Plan
+    match: Match
+    version: int = 0
+    measured: Problem | None = None
+    software: Software = field(default_factory=Software)
+    expected_ms: float | None = None
+    interval: tuple[float, float] | None = None
+    regret: float | None = None
+    runner_up: Candidate | None = None
+    baseline_ms: float | None = None
+    evidence: Evidence | None = None
+    missed: str = ""
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than torch's own choice in the final; None where nothing was measured."""
+        if self.evidence is None or self.expected_ms is None or self.baseline_ms is None:
+            return None
+        return self.baseline_ms / self.expected_ms
