@@ -66,8 +66,9 @@ def test_bucket_is_a_fixed_point_and_never_smaller(problem: Problem) -> None:
         assert getattr(bucket, name) >= getattr(problem, name)
     assert bucket.q_len <= max(16, problem.q_len * 5 / 4)
     assert (bucket.q_len == bucket.kv_len) or problem.q_len != problem.kv_len
-    fixed = {"batch": 1, "q_len": 1, "kv_len": 1}
-    assert dataclasses.replace(bucket, **fixed) == dataclasses.replace(problem, **fixed)
+    assert dataclasses.replace(bucket, batch=1, q_len=1, kv_len=1) == dataclasses.replace(
+        problem, batch=1, q_len=1, kv_len=1
+    )
 
 
 @given(problems(), problems())
