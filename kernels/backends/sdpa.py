@@ -1,0 +1,155 @@
+"""torch.nn.functional.scaled_dot_product_attention: its own choice, and each of its implementations by name."""
+
+import functools
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tilewise.domain.config import Config
+from tilewise.domain.device import Device, DeviceKind
+from tilewise.domain.problem import Dtype, Problem
+
+from ..backend import Backend, unsupported_feature
+from ..call import Call, allowed
+
+
+class Sdpa(Backend):
+    """SDPA, left to choose by itself. What it has no argument for (windows, ALiBi, bottom-right) becomes a mask."""
+
+    name = "sdpa"
+    differentiable = True
+
+    def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
+        return unsupported_feature(problem, "softcap", "varlen", "page_size", "dropout", "deterministic")
+
+    def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
+        query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
+        mask, is_causal = _mask_and_causal(call)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=call.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2), None
+
+
+class _Chosen(Sdpa):
+    """SDPA held to one of its implementations."""
+
+    choice: SDPBackend
+
+    def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with sdpa_kernel(self.choice):
+            return super().forward(call, config)
+
+
+class SdpaMath(_Chosen):
+    """matmul, softmax, matmul inside SDPA."""
+
+    name = "sdpa_math"
+    choice = SDPBackend.MATH
+
+
+class _ChosenCuda(_Chosen):
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        if device.kind is not DeviceKind.CUDA:
+            return "needs a CUDA device"
+        return super().supports(problem, device)
+
+
+class SdpaCudnn(_ChosenCuda):
+    """cuDNN's fused attention."""
+
+    name = "sdpa_cudnn"
+    choice = SDPBackend.CUDNN_ATTENTION
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        if problem.dtype is Dtype.FP32:
+            return "needs fp16 or bf16"
+        if problem.head_dim % 8 or problem.v_head_dim % 8:
+            return "needs head_dim in multiples of 8"
+        return super().supports(problem, device)
+
+
+class SdpaFlash(_ChosenCuda):
+    """FlashAttention 2 as torch ships it."""
+
+    name = "sdpa_flash"
+    choice = SDPBackend.FLASH_ATTENTION
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        if problem.dtype is Dtype.FP32:
+            return "needs fp16 or bf16"
+        if _needs_mask(problem):
+            return "takes no mask, and a window, ALiBi or q_len != kv_len needs one"
+        if problem.head_dim > 256 or problem.v_head_dim != problem.head_dim:
+            return "needs one head_dim of at most 256"
+        return super().supports(problem, device)
+
+
+class SdpaEfficient(_ChosenCuda):
+    """The memory-efficient kernel from xFormers as torch ships it."""
+
+    name = "sdpa_efficient"
+    choice = SDPBackend.EFFICIENT_ATTENTION
+
+    def supports(self, problem: Problem, device: Device) -> str | None:
+        if problem.heads != problem.kv_heads:
+            return "needs kv_heads = heads"
+        return super().supports(problem, device)
+
+
+SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
+
+
+def _needs_mask(problem: Problem) -> bool:
+    """Whether what is attended cannot be said by SDPA's is_causal, which is aligned top-left."""
+    causal_needs_mask = problem.causal and problem.q_len not in (1, problem.kv_len)
+    return problem.mask != "none" or problem.alibi or problem.window is not None or causal_needs_mask
+
+
+def _mask_and_causal(call: Call) -> tuple[torch.Tensor | None, bool]:
+    problem, device = call.problem, call.query.device
+    if not _needs_mask(problem):
+        return None, problem.causal and problem.q_len > 1
+    reach = None
+    if call.window != (-1, -1):
+        reach = _reach(problem.q_len, problem.kv_len, call.window, device)
+    mask = call.mask
+    if call.alibi_slopes is not None:
+        bias = _alibi(call)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
+        mask = bias.to(call.query.dtype)
+    if reach is None or mask is None:
+        return (reach if mask is None else _as_sdpa_takes_it(mask, call)), False
+    if mask.dtype is torch.bool:
+        return mask & reach, False
+    return _as_sdpa_takes_it(mask.masked_fill(~reach, -torch.inf), call), False
+
+
+def _as_sdpa_takes_it(mask: torch.Tensor, call: Call) -> torch.Tensor:
+    return mask if mask.dtype is torch.bool else mask.to(call.query.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _reach(q_len: int, kv_len: int, window: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return the window's mask (Q, K). Kept, as a training loop would keep it: building it is not attention's cost."""
+    with torch.inference_mode(mode=False):
+        rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+        reach = allowed(rows, columns, kv_len - q_len, window)
+    assert reach is not None, "a window of (-1, -1) needs no mask"
+    return reach
+
+
+def _alibi(call: Call) -> torch.Tensor:
+    slopes = call.alibi_slopes
+    assert slopes is not None
+    q_len, kv_len = call.problem.q_len, call.problem.kv_len
+    rows = torch.arange(q_len, device=slopes.device) + kv_len - q_len
+    distance = (rows[:, None] - torch.arange(kv_len, device=slopes.device)).abs()
+    return -(slopes if slopes.dim() == 2 else slopes[None])[..., None, None] * distance

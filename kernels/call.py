@@ -1,0 +1,112 @@
+"""Call: one attention problem together with its tensors, as every backend receives it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tilewise.domain.errors import InputError
+from tilewise.domain.problem import Dtype, Problem
+
+TORCH_DTYPES = {Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16, Dtype.FP32: torch.float32}
+DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Tensors and scalars of one call, already checked against each other.
+
+    - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv): any strides.
+    - scale: factor on query @ key.T before everything else.
+    - mask: bool (True = attend) or additive, broadcastable to (B, H, Q, K); None without one.
+    - alibi_slopes: float32, (H,) or (B, H); adds -slope * |i + K - Q - j|.
+    - softcap: scores become softcap * tanh(scores / softcap) where it is above 0.
+    """
+
+    problem: Problem
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    mask: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    softcap: float = 0.0
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(left, right) reach of a query around its diagonal key, -1 for unbounded, causality included."""
+        return self.problem.window or (-1, 0 if self.problem.causal else -1)
+
+    def with_tensors(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> "Call":
+        return replace(self, query=query, key=key, value=value)
+
+
+def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise InputError unless BSHD query, key and value fit together and have a dtype that kernels take."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise InputError(f"expected 4 dimensions (batch, seq, heads, head_dim), got {shapes}")
+    if query.dtype not in DTYPES:
+        raise InputError(
+            f"expected float16, bfloat16 or float32, got {query.dtype}; "
+            "for other dtypes use tilewise.kernels.reference.attention"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}")
+    if not query.device == key.device == value.device:
+        raise InputError(f"expected one device, got query {query.device}, key {key.device}, value {value.device}")
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise InputError(f"expected one batch size, got {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise InputError(f"expected key and value of the same length and heads, got {shapes}")
+    if query.shape[3] != key.shape[3]:
+        raise InputError(f"expected query and key of the same head_dim, got {shapes}")
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        raise InputError(f"expected no empty dimension, got {shapes}")
+    if query.shape[2] % key.shape[2]:
+        raise InputError(
+            f"query heads must be a multiple of key heads, got {query.shape[2]} and {key.shape[2]} ({shapes})"
+        )
+
+
+def check_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raise InputError unless `mask` is bool or floating and broadcasts to (B, H, Q, K)."""
+    full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise InputError(f"mask: expected bool (True = attend) or additive floating point, got {mask.dtype}")
+    if mask.device != query.device:
+        raise InputError(f"mask: expected it on {query.device} like query, got {mask.device}")
+    fits = mask.dim() <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise InputError(
+            f"mask: expected a shape that broadcasts to (batch, heads, q_len, kv_len) = {full}, got {tuple(mask.shape)}"
+        )
+
+
+def mask_pattern(mask: torch.Tensor | None) -> str:
+    """Return the Problem.mask of a mask tensor: its kind and the dimensions along which it broadcasts."""
+    if mask is None:
+        return "none"
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    dims = "".join(name for name, size in zip(("b1", "h1", "q1", "k1"), shape, strict=True) if size == 1)
+    kind = "bool" if mask.dtype is torch.bool else "bias"
+    return f"{kind}.{dims}" if dims else kind
+
+
+def allowed(
+    q_rows: torch.Tensor, kv_columns: torch.Tensor, offset: int, window: tuple[int, int]
+) -> torch.Tensor | None:
+    """Return which (row, column) pairs the window leaves, bool (rows, columns); None where it leaves all.
+
+    `offset` is kv_len - q_len: the diagonal is bottom-right aligned.
+    """
+    left, right = window
+    if left == -1 and right == -1:
+        return None
+    distance = kv_columns[None, :] - (q_rows[:, None] + offset)
+    if left == -1:
+        return distance <= right
+    if right == -1:
+        return distance >= -left
+    return (distance >= -left) & (distance <= right)

@@ -1,0 +1,72 @@
+"""The slow, readable reference that every kernel is compared with."""
+
+import torch
+
+from .call import Call, allowed
+
+_ALL = slice(None)
+
+
+def attention(
+    call: Call, *, dtype: torch.dtype = torch.float64, needs_grad: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result (B, Q, H, Dv) and the LSE (B, H, Q), natural log, computed in `dtype`.
+
+    One batch entry and one key head at a time, so that the scores in memory are (H / Hkv, Q, K). Rows with nothing to
+    attend give 0 and LSE -inf. With needs_grad the result can be differentiated.
+    """
+    batch, _, heads, _ = call.query.shape
+    kv_heads = call.key.shape[2]
+    group = heads // kv_heads
+    with torch.set_grad_enabled(needs_grad):
+        parts = [
+            [
+                softmax_attention(call, slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1), dtype)
+                for h in range(kv_heads)
+            ]
+            for b in range(batch)
+        ]
+        outs = [torch.cat([out for out, _ in row], 2) for row in parts]
+        lses = [torch.cat([lse for _, lse in row], 1) for row in parts]
+        return torch.cat(outs), torch.cat(lses)
+
+
+def softmax_attention(
+    call: Call, batch: slice = _ALL, heads: slice = _ALL, kv_heads: slice = _ALL, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matmul, softmax, matmul over the named batch entries and heads, in `dtype` or the input's own."""
+    query, key, value = (
+        tensor[batch, :, which].to(dtype or tensor.dtype).transpose(1, 2)
+        for tensor, which in ((call.query, heads), (call.key, kv_heads), (call.value, kv_heads))
+    )
+    groups = (key.shape[1], query.shape[1] // key.shape[1])
+    raw = query.unflatten(1, groups) @ key.unsqueeze(2).transpose(-1, -2)
+    scores = _modified(call, raw.flatten(1, 2), batch, heads)
+    weights, lse = _softmax(scores)
+    out = weights.unflatten(1, groups) @ value.unsqueeze(2)
+    return out.flatten(1, 2).transpose(1, 2), lse
+
+
+def _modified(call: Call, raw: torch.Tensor, batch: slice, heads: slice) -> torch.Tensor:
+    """Return scale, softcap, ALiBi, mask and window applied to query @ key.T (b, h, Q, K), in this order."""
+    q_len, kv_len = raw.shape[-2:]
+    scores = raw * call.scale
+    if call.softcap > 0:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    rows = torch.arange(q_len, device=raw.device)
+    columns = torch.arange(kv_len, device=raw.device)
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes.expand(call.query.shape[0], -1)[batch, heads, None, None]
+        scores = scores - (slopes * (rows[:, None] + kv_len - q_len - columns).abs()).to(scores.dtype)
+    if call.mask is not None:
+        mask = call.mask.expand(call.query.shape[0], call.query.shape[2], q_len, kv_len)[batch, heads]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
+    reach = allowed(rows, columns, kv_len - q_len, call.window)
+    return scores if reach is None else scores.masked_fill(~reach, -torch.inf)
+
+
+def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax over the last dimension and its logsumexp; a row of -inf gives zeros and -inf, never NaN."""
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+    return weights, torch.logsumexp(scores, -1)

@@ -1,0 +1,64 @@
+"""Run a Plan: the one place where a call meets a backend, eager and trainable."""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.matching import default_candidate
+from tilewise.domain.problem import Pass
+
+from .backend import Backend
+from .backends import backend_named
+from .call import Call
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def run(call: Call, candidate: Candidate) -> Result:
+    """Return the result (B, Q, H, Dv) of `candidate` for `call` and its LSE (B, H, Q) where the backend gives one.
+
+    Gradients: torch differentiates its own backends; behind the others, which have a forward only, the backward
+    recomputes through torch (`domain.matching.default_candidate`), from the saved query, key and value. The LSE is
+    not differentiable.
+    """
+    backend = backend_named(candidate.backend)
+    config = candidate.config()
+    if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
+        return backend.forward(call, config)
+    out, lse = _Recomputed.apply(call.query, call.key, call.value, call, backend, candidate)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+class _Recomputed(torch.autograd.Function):
+    """Forward by a backend without a backward of its own; backward through torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        backend: Backend,
+        candidate: Candidate,
+    ) -> Result:
+        out, lse = backend.forward(call.with_tensors(query, key, value), candidate.config())
+        ctx.save_for_backward(query, key, value)
+        ctx.call = call.with_tensors(query.detach(), key.detach(), value.detach())
+        if lse is not None:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            out, _ = backend_named(default_candidate(ctx.call.problem).backend).forward(
+                ctx.call.with_tensors(*inputs), None
+            )
+        needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
+        found = iter(torch.autograd.grad(out, needed, grad_out))
+        return (*(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None, None, None)

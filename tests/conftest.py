@@ -1,0 +1,24 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter; the switch must be set before triton is imported."""
+
+import os
+
+import pytest
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not has_cuda():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A missing GPU is the one thing that may skip a test."""
+    if has_cuda():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
