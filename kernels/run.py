@@ -27,7 +27,7 @@ def run(call: Call, candidate: Candidate) -> Result:
     config = candidate.config()
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
         return backend.forward(call, config)
-    out, lse = _Recomputed.apply(call.query, call.key, call.value, call, backend, candidate)  # type: ignore[no-untyped-call]
+    out, lse = _Recomputed.apply(call.query, call.key, call.value, call, backend, candidate)
     return out, lse
 
 
@@ -52,7 +52,7 @@ class _Recomputed(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
         inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():

@@ -15,7 +15,7 @@ if not has_cuda():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A missing GPU is the one thing that may skip a test."""
     if has_cuda():
         return

@@ -4,9 +4,11 @@ The algorithm is FlashAttention's forward (Dao et al. 2022, algorithm 1) with on
 reaches no more than block_k keys, its softmax needs no running maximum, and is computed at once.
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from tilewise.domain.config import Config
+from tilewise.domain.config import Config, Value
 from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
@@ -34,11 +36,11 @@ class TiledCpu(Backend):
         group = problem.heads // problem.kv_heads
         block_q = _choices(problem.q_len, 16)
         block_k = _choices(problem.kv_len, 64)
-        heads = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < problem.kv_heads) + (problem.kv_heads,)
+        heads = (*(n for n in (1, 2, 4, 8, 16, 32, 64) if n < problem.kv_heads), problem.kv_heads)
 
-        def fits(v: object) -> bool:
-            assert isinstance(v, dict)
-            return int(v["heads_per_chunk"]) * group * int(v["block_q"]) * int(v["block_k"]) * 4 <= _MAX_TILE_BYTES
+        def fits(values: Mapping[str, Value]) -> bool:
+            rows = int(values["heads_per_chunk"]) * group * int(values["block_q"])
+            return rows * int(values["block_k"]) * 4 <= _MAX_TILE_BYTES
 
         return SearchSpace(
             kernel=KERNEL,
@@ -123,9 +125,7 @@ def _attend_heads(
 class _Tile:
     """One block of queries of several heads; rows of one key head's group lie beneath each other."""
 
-    def __init__(
-        self, query: torch.Tensor, group: int, rows: int, diagonal: int, window: tuple[int, int]
-    ) -> None:
+    def __init__(self, query: torch.Tensor, group: int, rows: int, diagonal: int, window: tuple[int, int]) -> None:
         self.query = query  # (chunk, group * rows, D), scaled
         self.group, self.rows = group, rows
         self.diagonal = diagonal  # the key on the diagonal of the first row
@@ -136,15 +136,13 @@ class _Tile:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the weighted values, the sum of weights and the maximum of scores over keys start..stop."""
         chunk, height, _ = self.query.shape
-        if start >= stop:
-            column = self.query.new_zeros(chunk, height, 1)
-            return self.query.new_zeros(chunk, height, values.shape[-1]), column, column
+        total = self.query.new_zeros(chunk, height, 1)
+        peak = torch.full_like(total, -torch.inf)
         acc: torch.Tensor | None = None
         for first in range(start, stop, block_k):
             last = min(first + block_k, stop)
             scores = self._scores(keys, first, last)
-            tile_peak = scores.amax(-1, keepdim=True)
-            new_peak = tile_peak if acc is None else torch.maximum(peak, tile_peak)
+            new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
             # a row that has seen no key yet has the peak -inf: subtract 0 there, so that exp gives 0 and not NaN
             shift = new_peak.masked_fill(new_peak == -torch.inf, 0)
             weights = scores.sub_(shift).exp_()
@@ -155,7 +153,8 @@ class _Tile:
                 total = total.mul_(decay).add_(weights.sum(-1, keepdim=True))
                 acc = torch.baddbmm(acc.mul_(decay), weights, values[:, first:last])
             peak = new_peak
-        assert acc is not None
+        if acc is None:
+            acc = self.query.new_zeros(chunk, height, values.shape[-1])
         return acc, total, peak
 
     def _scores(self, keys: torch.Tensor, first: int, last: int) -> torch.Tensor:

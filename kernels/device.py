@@ -1,0 +1,159 @@
+"""What this machine has: its devices as `Device`, and the software that decides what its kernels do."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.domain.device import Device, DeviceKind
+from tilewise.domain.errors import DeviceError
+from tilewise.domain.software import Software
+
+_VECTOR_FLAGS = (("avx512f", "avx512"), ("avx2", "avx2"), ("avx", "avx"), ("asimd", "neon"), ("sve", "sve"))
+
+
+def select(name: str = "auto") -> torch.device:
+    """Return the torch device called `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises DeviceError for a device that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda:0" if count else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    present = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"no device {name!r}: expected auto or one of {present}") from None
+    if device.type != "cuda" or (device.index or 0) >= count:
+        raise DeviceError(f"no device {name!r} on this machine: expected auto or one of {present}")
+    return torch.device("cuda", device.index or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def describe(device: torch.device) -> Device:
+    """Return what `device` is. For a CPU: with the number of threads torch computes with now."""
+    if device.type == "cpu":
+        return _cpu(torch.get_num_threads())
+    if device.type == "cuda":
+        return _cuda(device.index if device.index is not None else torch.cuda.current_device())
+    raise DeviceError(f"expected a cpu or cuda device, got {device}; tilewise measures on these two kinds")
+
+
+@functools.lru_cache(maxsize=8)
+def software(kind: DeviceKind) -> Software:
+    """Return the versions that decide what a kernel does on a device of `kind`."""
+    kernels = _kernel_hashes()
+    if kind is DeviceKind.CPU:
+        return Software(torch=torch.__version__, kernels=kernels)
+    cudnn = torch.backends.cudnn.version()
+    return Software(
+        torch=torch.__version__,
+        triton=_installed("triton"),
+        cuda=torch.version.cuda,
+        driver=_driver(),
+        cudnn=str(cudnn) if cudnn else None,
+        flash_attn=_installed("flash-attn-4") or _installed("flash-attn"),
+        cute_dsl=_installed("nvidia-cutlass-dsl"),
+        kernels=kernels,
+    )
+
+
+def _cpu(threads: int) -> Device:
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    isa = next((name for flag, name in _VECTOR_FLAGS if flag in flags), "scalar")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(
+        kind=DeviceKind.CPU,
+        name=info.get("model name") or platform.processor() or platform.machine(),
+        arch=f"{platform.machine()}.{isa}",
+        units=threads,
+        memory_gib=math.ceil(memory / 2**30),
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return the first processor's entry of /proc/cpuinfo; empty where the kernel has none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _cuda(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    memory, watts, mig = properties.total_memory, None, None
+    with _nvml() as nvml:
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        # torch leaves out what the driver reserves, which changes with the driver: ask the driver for all of it
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
+        with contextlib.suppress(nvml.NVMLError):
+            watts = round(nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000)
+        mig = properties.name.partition(" MIG ")[2] or None
+    return Device(
+        kind=DeviceKind.CUDA,
+        name=properties.name.partition(" MIG ")[0],
+        arch=f"sm_{properties.major}{properties.minor}",
+        units=properties.multi_processor_count,
+        memory_gib=math.ceil((properties.total_memory if mig else memory) / 2**30),
+        power_limit_w=watts,
+        mig=mig,
+        shared_memory=int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)),
+    )
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    try:
+        import pynvml
+    except ImportError:
+        raise DeviceError("a CUDA device is read through NVML: pip install 'tilewise[gpu]'") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"NVML does not start ({error}); check the driver with nvidia-smi") from error
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _driver() -> str:
+    with _nvml() as nvml:
+        return str(nvml.nvmlSystemGetDriverVersion())
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _kernel_hashes() -> tuple[tuple[str, str], ...]:
+    """Return a hash of the source of every kernel of ours: a changed kernel makes its measurements stale."""
+    folder = Path(__file__).parent
+    sources = {
+        "cpu_tiled": [folder / "backends/tiled_cpu.py"],
+        "plain": [folder / "reference.py"],
+        "sdpa": [folder / "backends/sdpa.py"],
+        "triton_forward": [folder / "triton_kernels/forward.py"],
+    }
+    return tuple(
+        (name, hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12])
+        for name, paths in sources.items()
+    )
