@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,32 @@ def software(kind: DeviceKind) -> Software:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """What a device says of itself at one moment; None where it does not tell."""
+
+    clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+
+
+def telemetry(device: torch.device) -> Telemetry:
+    """Read, never set, the clock, power and temperature of `device`."""
+    if device.type != "cuda":
+        return Telemetry()
+    with _nvml() as nvml:
+        handle = _handle(nvml, device.index or 0)
+        return Telemetry(
+            clock_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            temperature_c=nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        )
+
+
+def _handle(nvml: Any, index: int) -> Any:
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+
+
 def _cpu(threads: int) -> Device:
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -97,7 +124,7 @@ def _cuda(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     memory, watts, mig = properties.total_memory, None, None
     with _nvml() as nvml:
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        handle = _handle(nvml, index)
         # torch leaves out what the driver reserves, which changes with the driver: ask the driver for all of it
         memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
         with contextlib.suppress(nvml.NVMLError):

@@ -31,6 +31,31 @@ def attention(
         return torch.cat(outs), torch.cat(lses)
 
 
+def gradients(
+    call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value in `dtype` for the result's gradient (B, Q, H, Dv).
+
+    Like `attention`, one batch entry and one key head at a time.
+    """
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (call.query, call.key, call.value)]
+    batch, _, heads, _ = call.query.shape
+    kv_heads = call.key.shape[2]
+    group = heads // kv_heads
+    detached = call.with_tensors(*leaves)
+    with torch.enable_grad():
+        for b in range(batch):
+            for h in range(kv_heads):
+                which = slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1)
+                out, _ = softmax_attention(detached, *which, dtype)
+                out.backward(grad_out[b : b + 1, :, which[1]].to(dtype))
+    query, key, value = (leaf.grad for leaf in leaves)
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    return query, key, value
+
+
 def softmax_attention(
     call: Call, batch: slice = _ALL, heads: slice = _ALL, kv_heads: slice = _ALL, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,141 @@
+"""Checks a candidate against float64 before it may be timed."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.problem import Pass, Problem
+from tilewise.domain.trial import NumericError
+from tilewise.kernels import reference
+from tilewise.kernels.call import Call
+from tilewise.kernels.inputs import random_call
+
+from .steps import results
+
+RAGGED_Q_LEN, RAGGED_KV_LEN = 211, 173
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A reference tensor with the largest errors allowed to it."""
+
+    reference: torch.Tensor
+    max_error: float
+    rms_error: float
+
+    def share(self, tensor: torch.Tensor) -> float:
+        """Return the errors of `tensor` as a share of the allowed ones; infinite for NaN or a misplaced infinity."""
+        if tensor.shape != self.reference.shape:
+            return float("inf")
+        finite = self.reference.isfinite()
+        if not torch.equal(tensor.isfinite(), finite):
+            return float("inf")
+        difference = (tensor.double() - self.reference).masked_fill(~finite, 0)
+        return max(
+            float(difference.abs().max()) / self.max_error, float(difference.square().mean().sqrt()) / self.rms_error
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    name: str
+    call: Call
+    grad_out: torch.Tensor | None
+    bounds: dict[str, Bound]
+
+
+class Checker:
+    """Fresh random inputs of one seed, their float64 results, and the errors a candidate may have.
+
+    Two cases: the problem itself, and a small one of the same kind whose lengths divide by nothing and, where the
+    problem is causal or has a window, whose first rows have nothing to attend. The bound per tensor: RMS and maximum
+    error at most twice those of matmul, softmax, matmul in the input dtype, plus a floor of two units in the last
+    place of max|reference| (one of its RMS).
+    """
+
+    def __init__(self, problem: Problem, device: torch.device, *, seed: int) -> None:
+        ragged = _ragged(problem)
+        calls = {"problem": random_call(problem, device, seed=seed), "ragged": random_call(ragged, device, seed=seed)}
+        self.cases = tuple(_case(name, call, seed) for name, call in calls.items())
+
+    @property
+    def main(self) -> Case:
+        """The case of the problem itself: what is timed runs on its tensors."""
+        return self.cases[0]
+
+    def check(self, candidate: Candidate) -> NumericError:
+        """Return the largest error over all cases and tensors as a share of its bound: at most 1 is right."""
+        worst = NumericError(worst=-1.0, tensor="", case="")
+        for case in self.cases:
+            with poisoned_empty():
+                found = results(case.call, candidate, case.grad_out)
+            for name, tensor in found.items():
+                share = case.bounds[name].share(tensor)
+                if not share <= worst.worst:
+                    worst = NumericError(worst=share, tensor=name, case=case.name)
+        return worst
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Within, torch.empty is full of NaN: an element that a kernel forgets to write shows."""
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling: Any = torch.utils.deterministic
+    fills = filling.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        filling.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+            filling.fill_uninitialized_memory = fills
+
+
+def _ragged(problem: Problem) -> Problem:
+    group = problem.heads // problem.kv_heads
+    kv_heads = min(problem.kv_heads, 2)
+    return replace(
+        problem,
+        batch=min(problem.batch, 2),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        q_len=min(problem.q_len, RAGGED_Q_LEN),
+        kv_len=min(problem.kv_len, RAGGED_KV_LEN),
+    )
+
+
+def _case(name: str, call: Call, seed: int) -> Case:
+    out, lse = reference.attention(call)
+    exact = {"out": out, "lse": lse}
+    out, lse = reference.attention(call, dtype=call.query.dtype)
+    plain = {"out": out, "lse": lse}
+    grad_out = None
+    if call.problem.pass_ is Pass.TRAINING:
+        generator = torch.Generator(call.query.device).manual_seed(seed + 1)
+        grad_out = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
+        names = ("d_query", "d_key", "d_value")
+        exact.update(zip(names, reference.gradients(call, grad_out), strict=True))
+        plain.update(zip(names, reference.gradients(call, grad_out, dtype=out.dtype), strict=True))
+    bounds = {tensor: _bound(exact[tensor], plain[tensor], call.query.dtype) for tensor in exact}
+    return Case(name=name, call=call, grad_out=grad_out, bounds=bounds)
+
+
+def _bound(exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> Bound:
+    known = exact.isfinite()
+    finite = exact.masked_fill(~known, 0)
+    error = (plain.double() - finite).masked_fill(~known, 0)
+    ulp = torch.finfo(dtype).eps
+    return Bound(
+        reference=exact,
+        max_error=2 * float(error.abs().max()) + 2 * ulp * float(finite.abs().max()) + torch.finfo(dtype).tiny,
+        rms_error=2 * float(error.square().mean().sqrt())
+        + ulp * float(finite.square().mean().sqrt())
+        + torch.finfo(dtype).tiny,
+    )

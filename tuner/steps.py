@@ -1,0 +1,38 @@
+"""Step: one call of a candidate on ready tensors, as it is checked and timed."""
+
+from collections.abc import Callable
+
+import torch
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.problem import Pass
+from tilewise.kernels.call import Call
+from tilewise.kernels.run import run
+
+Step = Callable[[], object]
+
+
+def make_step(call: Call, candidate: Candidate, grad_out: torch.Tensor | None = None) -> Step:
+    """Return what to time: the forward without gradients, or forward and backward for a training problem."""
+    if call.problem.pass_ is Pass.TRAINING:
+        assert grad_out is not None, "a training step needs the gradient of the result"
+        return lambda: results(call, candidate, grad_out)
+
+    def forward() -> torch.Tensor:
+        with torch.inference_mode():
+            return run(call, candidate)[0]
+
+    return forward
+
+
+def results(call: Call, candidate: Candidate, grad_out: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Run `candidate` once and return its tensors by name: out, lse where given, and for training all gradients."""
+    if call.problem.pass_ is Pass.INFERENCE:
+        with torch.inference_mode():
+            out, lse = run(call, candidate)
+        return {"out": out} if lse is None else {"out": out, "lse": lse}
+    leaves = [tensor.detach().requires_grad_() for tensor in (call.query, call.key, call.value)]
+    out, lse = run(call.with_tensors(*leaves), candidate)
+    gradients = torch.autograd.grad(out, leaves, grad_out)
+    found = {"out": out.detach(), **dict(zip(("d_query", "d_key", "d_value"), gradients, strict=True))}
+    return found if lse is None else {**found, "lse": lse.detach()}

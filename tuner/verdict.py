@@ -1,0 +1,83 @@
+"""From the interleaved final to the answer: who won, by how much more than noise, and why."""
+
+from dataclasses import dataclass
+
+from tilewise.domain.answer import Answer, Evidence, Finalist, Match
+from tilewise.domain.config import Candidate, Plan
+from tilewise.domain.problem import Problem
+from tilewise.domain.software import Software
+from tilewise.domain.trial import now
+
+from .timing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """What the evidence says of the search before the final."""
+
+    job: str
+    trials: int
+    failed: int
+    seconds: float
+
+
+def decide(
+    problem: Problem,
+    device_key: str,
+    software: Software,
+    candidates: tuple[Candidate, ...],
+    final: Final,
+    *,
+    standing: Candidate | None,
+    searched: Searched,
+) -> Answer:
+    """Return the answer that a final gives; `candidates[0]` is torch's own choice and the reference of all ratios.
+
+    The incumbent (the standing answer, else torch's own choice) stays unless the fastest beats it by more than the
+    final's noise.
+    """
+    ratios = {c: m.ratio or 1.0 for c, m in zip(candidates, final.measurements, strict=True)}
+    measured = dict(zip(candidates, final.measurements, strict=True))
+    baseline = candidates[0]
+    incumbent = standing if standing in measured else baseline
+    ranked = sorted(candidates, key=lambda candidate: ratios[candidate])
+    fastest = ranked[0]
+    margin = max(final.noise, measured[fastest].spread or 0.0, measured[incumbent].spread or 0.0)
+    gain = 1 - ratios[fastest] / ratios[incumbent]
+    winner = fastest if gain > margin else incumbent
+    won = measured[winner]
+    return Answer(
+        problem=problem,
+        device_key=device_key,
+        plan=Plan(winner),
+        match=Match.EXACT,
+        measured=problem,
+        software=software,
+        expected_ms=won.median_ms,
+        interval=(won.p20_ms, won.p80_ms),
+        regret=0.0,
+        runner_up=next((candidate for candidate in ranked if candidate != winner), None),
+        baseline_ms=measured[baseline].median_ms,
+        evidence=Evidence(
+            job=searched.job,
+            measured=now(),
+            reference=baseline,
+            finalists=tuple(Finalist(candidate=candidate, measurement=measured[candidate]) for candidate in ranked),
+            noise=final.noise,
+            trials=searched.trials,
+            failed=searched.failed,
+            seconds=searched.seconds,
+            reason=_reason(winner, fastest, incumbent, gain, margin, known=standing in measured),
+        ),
+    )
+
+
+def _reason(
+    winner: Candidate, fastest: Candidate, incumbent: Candidate, gain: float, margin: float, *, known: bool
+) -> str:
+    title = "the standing answer" if known else "torch's own choice"
+    if fastest == incumbent:
+        return f"{title}, {winner}, is the fastest of the final"
+    if winner == incumbent:
+        return f"{title}, {winner}, stays: {fastest} is {gain:.2%} faster, within the noise of {margin:.2%}"
+    return f"{winner} beats {title}, {incumbent}, by {gain:.2%}, more than the noise of {margin:.2%}"
