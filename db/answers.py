@@ -1,0 +1,210 @@
+"""Answers: the standing answer of every tuned problem, its history, and snapshots of all."""
+
+import dataclasses
+import enum
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from tilewise.domain import codec
+from tilewise.domain.answer import Answer
+from tilewise.domain.problem import Problem
+from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.trial import now
+
+from . import references
+from .models import AnswerChangeRow, AnswerRow, ProblemRow
+
+
+class Sort(enum.StrEnum):
+    """What a list of answers can be sorted by."""
+
+    PROBLEM = "problem"
+    DEVICE = "device"
+    BACKEND = "backend"
+    EXPECTED = "expected"
+    BASELINE = "baseline"
+    SPEEDUP = "speedup"
+    TFLOPS = "tflops"
+    TRIALS = "trials"
+    MEASURED = "measured"
+
+
+_COLUMNS: dict[Sort, ColumnElement[Any]] = {
+    Sort.PROBLEM: AnswerRow.problem_key.expression,
+    Sort.DEVICE: AnswerRow.device_key.expression,
+    Sort.BACKEND: AnswerRow.backend.expression,
+    Sort.EXPECTED: AnswerRow.expected_ms.expression,
+    Sort.BASELINE: AnswerRow.baseline_ms.expression,
+    Sort.SPEEDUP: AnswerRow.baseline_ms / AnswerRow.expected_ms,
+    Sort.TFLOPS: ProblemRow.forward_flops / AnswerRow.expected_ms,
+    Sort.TRIALS: AnswerRow.trials.expression,
+    Sort.MEASURED: AnswerRow.measured.expression,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedAnswer:
+    """A standing answer in a list. `forward_flops` are those of its problem, `updated` when this version came."""
+
+    answer: Answer
+    forward_flops: float
+    updated: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerPage:
+    """Some of the answers that a list asked for; `total` counts all of them."""
+
+    answers: tuple[ListedAnswer, ...]
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerChange:
+    """One version of an answer and why it replaced the one before."""
+
+    answer: Answer
+    reason: str
+    changed: datetime
+
+
+class AnswerRepository:
+    """Standing answers by device and problem, in one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def get(self, device_key: str, problem: Problem) -> Answer | None:
+        """Return the standing answer kept for exactly this problem, without any matching; None where there is none."""
+        document = self._session.scalar(select(AnswerRow.document).where(*_about(device_key, problem)))
+        return None if document is None else codec.from_json(Answer, document)
+
+    def of_device(self, device_key: str) -> dict[str, Answer]:
+        """Return all standing answers of a device by problem key, as domain.matching.match takes them."""
+        query = select(AnswerRow.problem_key, AnswerRow.document).where(AnswerRow.device_key == device_key)
+        return {key: codec.from_json(Answer, document) for key, document in self._session.execute(query)}
+
+    def marker(self, device_key: str) -> tuple[int, int]:
+        """Return two numbers that change whenever an answer of the device does; (0, 0) where it has none.
+
+        Answers are never deleted and versions only grow, so their count and sum never come back to an old value.
+        """
+        query = select(func.count(), func.coalesce(func.sum(AnswerRow.version), 0))
+        count, versions = self._session.execute(query.where(AnswerRow.device_key == device_key)).one()
+        return int(count), int(versions)
+
+    def replace(self, answer: Answer, *, expected_version: int, reason: str) -> bool:
+        """Make `answer` the standing one if the standing version is `expected_version` (0: there is none yet).
+
+        A compare-and-swap in one statement: of several writers that expect the same version exactly one gets True,
+        the others get False and have changed nothing. The kept answer has version `expected_version + 1`, whatever
+        `answer.version` says; `reason` goes into its history. Raises DeviceError where the device key is none.
+        """
+        kept = dataclasses.replace(answer, version=expected_version + 1)
+        document = codec.to_json(kept)
+        values = {
+            "version": kept.version,
+            "software_digest": references.software(self._session, kept.software),
+            "updated": now(),
+            "document": document,
+            "backend": kept.plan.forward.backend,
+            "expected_ms": kept.expected_ms,
+            "baseline_ms": kept.baseline_ms,
+            "trials": kept.evidence.trials if kept.evidence else 0,
+            "measured": kept.evidence.measured if kept.evidence else None,
+        }
+        keys = {
+            "device_key": references.device(self._session, kept.device_key),
+            "problem_key": references.problem(self._session, kept.problem),
+        }
+        if not self._swap(keys, values, expected_version):
+            return False
+        change = {"version": kept.version, "reason": references.clean(reason), "changed": values["updated"]}
+        self._session.execute(insert(AnswerChangeRow).values(**keys, **change, document=document))
+        return True
+
+    def _swap(self, keys: dict[str, str], values: dict[str, Any], expected_version: int) -> bool:
+        if expected_version == 0:
+            statement = references.insert_new(self._session, AnswerRow, keys | values)
+            return self._session.scalar(statement.returning(AnswerRow.version)) is not None
+        changed = (
+            update(AnswerRow)
+            .where(
+                AnswerRow.device_key == keys["device_key"],
+                AnswerRow.problem_key == keys["problem_key"],
+                AnswerRow.version == expected_version,
+            )
+            .values(values)
+            .returning(AnswerRow.version)
+        )
+        return self._session.scalar(changed) is not None
+
+    def history(self, device_key: str, problem: Problem) -> tuple[AnswerChange, ...]:
+        """Return every version of an answer, the newest first."""
+        query = (
+            select(AnswerChangeRow.document, AnswerChangeRow.reason, AnswerChangeRow.changed)
+            .where(AnswerChangeRow.device_key == device_key, AnswerChangeRow.problem_key == problem.key)
+            .order_by(AnswerChangeRow.version.desc())
+        )
+        return tuple(
+            AnswerChange(answer=codec.from_json(Answer, document), reason=reason, changed=changed)
+            for document, reason, changed in self._session.execute(query)
+        )
+
+    def page(
+        self,
+        *,
+        search: str = "",
+        sort: Sort = Sort.MEASURED,
+        descending: bool = True,
+        offset: int = 0,
+        limit: int = 50,
+    ) -> AnswerPage:
+        """Return a sorted stretch of the answers whose problem, device or backend holds every word of `search`.
+
+        Answers without the value sorted by come last in either direction.
+        """
+        matching = _matching(search)
+        total = self._session.scalar(select(func.count()).select_from(matching.subquery()))
+        column = _COLUMNS[sort]
+        order = column.desc() if descending else column.asc()
+        rows = self._session.execute(
+            matching.order_by(order.nulls_last(), AnswerRow.device_key, AnswerRow.problem_key)
+            .offset(offset)
+            .limit(limit)
+        )
+        listed = tuple(
+            ListedAnswer(
+                answer=codec.from_json(Answer, row.document), forward_flops=row.forward_flops, updated=row.updated
+            )
+            for row in rows
+        )
+        return AnswerPage(answers=listed, total=total or 0)
+
+    def snapshot(self, device_key: str | None = None) -> Snapshot:
+        """Return the standing answers of a device, or of all, as a snapshot."""
+        query = select(AnswerRow.document)
+        if device_key is not None:
+            query = query.where(AnswerRow.device_key == device_key)
+        return Snapshot.of(codec.from_json(Answer, document) for document in self._session.scalars(query))
+
+
+def _about(device_key: str, problem: Problem) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return AnswerRow.device_key == device_key, AnswerRow.problem_key == problem.key
+
+
+def _matching(search: str) -> Select[Any]:
+    query = select(AnswerRow.document, AnswerRow.updated, ProblemRow.forward_flops).join(
+        ProblemRow, ProblemRow.key == AnswerRow.problem_key
+    )
+    text = func.lower(AnswerRow.problem_key + " " + AnswerRow.device_key + " " + AnswerRow.backend)
+    # control characters (PostgreSQL refuses NUL) separate words like spaces do
+    for word in re.split(r"[\s\x00-\x1f]+", search.lower()):
+        if word:
+            query = query.where(text.contains(word, autoescape=True))
+    return query

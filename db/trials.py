@@ -1,0 +1,117 @@
+"""Trials: everything that was tried, the one truth a search is rebuilt from."""
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tilewise.domain import codec
+from tilewise.domain.config import Candidate
+from tilewise.domain.problem import Problem
+from tilewise.domain.software import Software
+from tilewise.domain.trial import Measurement, NumericError, Outcome, Stage, Trial
+
+from . import references
+from .models import SoftwareRow, TrialRow
+
+# Neither says anything about the candidate: a search that resumes tries it again.
+UNFINISHED = (Outcome.SKIPPED, Outcome.CANCELLED)
+
+
+class TrialRepository:
+    """Trials in one session; `device_key` and `problem` say what they are about."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, trial: Trial, *, problem: Problem, device_key: str, software: Software) -> int:
+        """Keep a trial and return its number; later ones have greater numbers.
+
+        `trial.job` must be the id of a kept job or None. Raises DeviceError where `device_key` is no device key.
+        """
+        median, ratio = (trial.measurement.median_ms, trial.measurement.ratio) if trial.measurement else (None, None)
+        row = TrialRow(
+            device_key=references.device(self._session, device_key),
+            problem_key=references.problem(self._session, problem),
+            software_digest=references.software(self._session, software),
+            job_id=trial.job,
+            attempt=trial.attempt,
+            backend=trial.candidate.backend,
+            candidate=codec.to_json(trial.candidate),
+            candidate_digest=codec.digest(trial.candidate),
+            stage=trial.stage,
+            outcome=trial.outcome,
+            median_ms=median,
+            ratio=ratio,
+            measurement=codec.to_json(trial.measurement),
+            error=codec.to_json(trial.error),
+            message=references.clean(trial.message),
+            seconds=trial.seconds,
+            tried=trial.when,
+        )
+        self._session.add(row)
+        self._session.flush()
+        return row.id
+
+    def list(
+        self,
+        problem: Problem,
+        device_key: str,
+        *,
+        backend: str | None = None,
+        stage: Stage | None = None,
+        outcomes: Collection[Outcome] = (),
+        job_id: str | None = None,
+    ) -> tuple[Trial, ...]:
+        """Return the trials of `problem` on a device in the order they were kept; each filter narrows it."""
+        query = select(*TrialRow.__table__.columns).where(*_about(problem, device_key)).order_by(TrialRow.id)
+        for column, value in ((TrialRow.backend, backend), (TrialRow.stage, stage), (TrialRow.job_id, job_id)):
+            if value is not None:
+                query = query.where(column == value)
+        if outcomes:
+            query = query.where(TrialRow.outcome.in_(list(outcomes)))
+        return tuple(_trial(row) for row in self._session.execute(query))
+
+    def count(self, problem: Problem, device_key: str) -> dict[Outcome, int]:
+        """Return how many trials ended in each outcome; an outcome that never came is left out."""
+        query = select(TrialRow.outcome, func.count()).where(*_about(problem, device_key)).group_by(TrialRow.outcome)
+        return {Outcome(outcome): number for outcome, number in self._session.execute(query)}
+
+    def finished(self, problem: Problem, device_key: str, software: Software) -> tuple[Trial, ...]:
+        """Return what a resumed search need not try again: the newest trial of each candidate and stage.
+
+        Only trials whose backend would run the same code under `software` count, and none that was skipped or
+        cancelled. The order is that of the trials.
+        """
+        query = (
+            select(*TrialRow.__table__.columns, SoftwareRow.document.label("software"))
+            .join(SoftwareRow, SoftwareRow.digest == TrialRow.software_digest)
+            .where(*_about(problem, device_key), TrialRow.outcome.not_in(UNFINISHED))
+            .order_by(TrialRow.id)
+        )
+        newest: dict[tuple[str, str], Any] = {}
+        for row in self._session.execute(query):
+            ran = codec.from_json(Software, row.software)
+            if ran.for_backend(row.backend) == software.for_backend(row.backend):
+                newest[row.candidate_digest, row.stage] = row
+        return tuple(_trial(row) for row in sorted(newest.values(), key=lambda row: row.id))
+
+
+def _about(problem: Problem, device_key: str) -> tuple[Any, Any]:
+    return TrialRow.device_key == device_key, TrialRow.problem_key == problem.key
+
+
+def _trial(row: Any) -> Trial:
+    return Trial(
+        candidate=Candidate.from_json(row.candidate),
+        stage=Stage(row.stage),
+        outcome=Outcome(row.outcome),
+        measurement=None if row.measurement is None else codec.from_json(Measurement, row.measurement),
+        error=None if row.error is None else codec.from_json(NumericError, row.error),
+        message=row.message,
+        seconds=row.seconds,
+        when=row.tried,
+        job=row.job_id,
+        attempt=row.attempt,
+    )
