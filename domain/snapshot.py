@@ -40,25 +40,33 @@ class Snapshot:
 
     def dumps(self) -> bytes:
         """Return the file form: canonical JSON with the id beside the body."""
-        return codec.canonical({"id": self.id, **self._body()})
+        body = self._body()
+        return codec.canonical({"id": codec.digest(body), **body})
 
     @classmethod
     def loads(cls, data: bytes, *, name: str = "snapshot") -> Self:
-        """Read the file form and verify its id. Raises SnapshotError for anything that is not whole."""
+        """Read the file form and verify its id. Raises SnapshotError for anything that is not whole.
+
+        The snapshot keeps the id that was verified, also where a newer writer's answers have fields that this version
+        drops: the id that a job pins is the writer's.
+        """
         try:
             document = json.loads(data)
             found, schema = document.pop("id"), document["schema"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = codec.digest(document)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SnapshotError(f"{name} is not a tilewise snapshot ({error}); export it again") from error
         if schema != SCHEMA:
             raise SnapshotError(f"{name} has schema {schema!r}, this version reads {SCHEMA}; export it again with it")
-        if codec.digest(document) != found:
+        if content != found:
             raise SnapshotError(f"{name} is damaged: its content is not what its id {found!r} says; export it again")
         try:
             answers = tuple(codec.from_json(Answer, item) for item in document["answers"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SnapshotError(f"{name}: {error}; export it again") from error
-        return cls(answers)
+        snapshot = cls(answers)
+        snapshot.__dict__["id"] = found
+        return snapshot
 
     def for_device(self, device_key: str) -> Self:
         return type(self)(tuple(answer for answer in self.answers if answer.device_key == device_key))
