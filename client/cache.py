@@ -36,16 +36,15 @@ class DiskCache:
 
     def store(self, snapshot: Snapshot, *key: str) -> None:
         """Put `snapshot` under `key`, whole or not at all: readers see the old file or the new one."""
-        path = self.path(*key)
+        path, data = self.path(*key), snapshot.dumps()
         temporary = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            data = snapshot.dumps()
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".part", delete=False) as file:
                 temporary = file.name
                 file.write(data)
             os.replace(temporary, path)
-        except (OSError, ValueError, ArithmeticError) as error:  # a date that cannot be written is an OverflowError
+        except OSError as error:
             log.info("the answers were not cached in %s: %s", path, error)
             if temporary is not None:
                 with contextlib.suppress(OSError):

@@ -134,7 +134,7 @@ class Client:
     def _fetch(self, limit: float) -> Snapshot:
         snapshot = self._ask(self._source, limit)
         if not self._source.local:
-            self._store(snapshot)
+            self._cache.store(snapshot, *self._cache_key())
         return snapshot
 
     def _ask(self, source: Source, limit: float) -> Snapshot:
@@ -152,14 +152,6 @@ class Client:
                 "name a file with it in TILEWISE_SNAPSHOT, or pin the new id"
             )
         return snapshot
-
-    def _store(self, snapshot: Snapshot) -> None:
-        """Write the disk cache beside the run. The thread is no daemon: the interpreter waits for it at its end."""
-        store = threading.Thread(target=self._cache.store, args=(snapshot, *self._cache_key()), name="tilewise-cache")
-        try:
-            store.start()
-        except RuntimeError as error:
-            log.info("the answers were not cached: %s", error)
 
     def _cache_key(self) -> tuple[str, str, str]:
         return self._source.name, self.device_key, self.settings.pinned_id or ""

@@ -39,16 +39,19 @@ class Snapshot:
         return {"schema": SCHEMA, "answers": codec.to_json(self.answers)}
 
     def dumps(self) -> bytes:
-        """Return the file form: canonical JSON with the id beside the body."""
-        body = self._body()
-        return codec.canonical({"id": codec.digest(body), **body})
+        """Return the file form: canonical JSON with the id beside the body; what was read, where it was read."""
+        return self._file
+
+    @cached_property
+    def _file(self) -> bytes:
+        return codec.canonical({"id": self.id, **self._body()})
 
     @classmethod
     def loads(cls, data: bytes, *, name: str = "snapshot") -> Self:
         """Read the file form and verify its id. Raises SnapshotError for anything that is not whole.
 
-        The snapshot keeps the id that was verified, also where a newer writer's answers have fields that this version
-        drops: the id that a job pins is the writer's.
+        The snapshot keeps the id and the bytes that were verified: answers may not encode to the same bytes again (a
+        newer writer's fields are dropped, its 10 becomes 10.0), and the id that a job pins is the writer's.
         """
         try:
             document = json.loads(data)
@@ -65,7 +68,7 @@ class Snapshot:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SnapshotError(f"{name}: {error}; export it again") from error
         snapshot = cls(answers)
-        snapshot.__dict__["id"] = found
+        snapshot.__dict__.update(id=found, _file=data)
         return snapshot
 
     def for_device(self, device_key: str) -> Self:

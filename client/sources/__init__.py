@@ -36,7 +36,7 @@ def open_source(text: str, *, token: str | None = None) -> Source:
         return SnapshotFile(Path(text).expanduser())
     if kind in ("http", "https"):
         return HttpSource(text, token=token)
-    if kind in ("sqlite", "postgresql"):
+    if kind in ("sqlite", "postgresql", "postgres"):
         return DatabaseSource(text)
     raise SettingsError(
         f"source: expected http(s)://, sqlite:///, postgresql:// or the path of a snapshot file, got {scheme}://...; "
