@@ -39,26 +39,37 @@ class Snapshot:
         return {"schema": SCHEMA, "answers": codec.to_json(self.answers)}
 
     def dumps(self) -> bytes:
-        """Return the file form: canonical JSON with the id beside the body."""
+        """Return the file form: canonical JSON with the id beside the body; what was read, where it was read."""
+        return self._file
+
+    @cached_property
+    def _file(self) -> bytes:
         return codec.canonical({"id": self.id, **self._body()})
 
     @classmethod
     def loads(cls, data: bytes, *, name: str = "snapshot") -> Self:
-        """Read the file form and verify its id. Raises SnapshotError for anything that is not whole."""
+        """Read the file form and verify its id. Raises SnapshotError for anything that is not whole.
+
+        The snapshot keeps the id and the bytes that were verified: answers may not encode to the same bytes again (a
+        newer writer's fields are dropped, its 10 becomes 10.0), and the id that a job pins is the writer's.
+        """
         try:
             document = json.loads(data)
             found, schema = document.pop("id"), document["schema"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = codec.digest(document)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SnapshotError(f"{name} is not a tilewise snapshot ({error}); export it again") from error
         if schema != SCHEMA:
             raise SnapshotError(f"{name} has schema {schema!r}, this version reads {SCHEMA}; export it again with it")
-        if codec.digest(document) != found:
+        if content != found:
             raise SnapshotError(f"{name} is damaged: its content is not what its id {found!r} says; export it again")
         try:
             answers = tuple(codec.from_json(Answer, item) for item in document["answers"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise SnapshotError(f"{name}: {error}; export it again") from error
-        return cls(answers)
+        snapshot = cls(answers)
+        snapshot.__dict__.update(id=found, _file=data)
+        return snapshot
 
     def for_device(self, device_key: str) -> Self:
         return type(self)(tuple(answer for answer in self.answers if answer.device_key == device_key))

@@ -111,7 +111,9 @@ class _Tuning:
         except Exception as error:
             self._close_job(job, attempt, JobState.FAILED, str(error))
             raise
-        self._close_job(job, attempt, JobState.SUCCEEDED, verdict.answer.evidence.reason if verdict.answer.evidence else "")
+        self._close_job(
+            job, attempt, JobState.SUCCEEDED, verdict.answer.evidence.reason if verdict.answer.evidence else ""
+        )
         self._tell("done")
         return verdict
 
@@ -126,7 +128,10 @@ class _Tuning:
 
     def _try_defaults(self, bench: Bench) -> dict[str, SearchSpace]:
         """Try every backend's default, torch's own choice first; return the spaces worth searching."""
-        names = [self._default.backend, *(name for name in BACKENDS if name in self._backends - {self._default.backend})]
+        names = [
+            self._default.backend,
+            *(name for name in BACKENDS if name in self._backends - {self._default.backend}),
+        ]
         spaces: dict[str, SearchSpace] = {}
         for name in names:
             backend = backend_named(name)
@@ -143,9 +148,7 @@ class _Tuning:
         return spaces
 
     def _search(self, bench: Bench, spaces: dict[str, SearchSpace]) -> None:
-        searches = {
-            name: Search(space, seed=self._seed, tried=self._ratios(name)) for name, space in spaces.items()
-        }
+        searches = {name: Search(space, seed=self._seed, tried=self._ratios(name)) for name, space in spaces.items()}
         stale = 0
         for name in itertools.cycle(list(searches)):
             if not searches or self._count() >= self._budget.trials or self._seconds_left() <= 0:

@@ -92,12 +92,31 @@ def test_a_snapshot_is_its_content() -> None:
         (lambda _: b"[]", "not a tilewise snapshot"),
         (lambda data: data.replace(b'"expected_ms":10.0', b'"expected_ms":9.0'), "damaged"),
         (lambda data: data.replace(b'"schema":1', b'"schema":99'), "schema 99"),
+        (lambda data: data.replace(b'"expected_ms":10.0', b'"expected_ms":NaN'), "not a tilewise snapshot"),
+        (lambda data: data.replace(b"fastest", b"\\ud800"), "not a tilewise snapshot"),
+        (lambda _: b"[" * 100_000, "not a tilewise snapshot"),
+        (lambda data: resigned(data.replace(b'"expected_ms":10.0', b'"expected_ms":1' + b"0" * 400)), "too large"),
     ],
 )
 def test_a_damaged_snapshot_is_refused(damage: Callable[[bytes], bytes], says: str) -> None:
     data = Snapshot.of([answer()]).dumps()
     with pytest.raises(SnapshotError, match=says):
         Snapshot.loads(damage(data))
+
+
+def resigned(data: bytes) -> bytes:
+    """Return the snapshot file `data` with the id that its content has."""
+    document = json.loads(data)
+    del document["id"]
+    return json.dumps({"id": codec.digest(document), **document}).encode()
+
+
+def test_a_snapshot_keeps_the_id_that_its_writer_gave_it() -> None:
+    newer = resigned(Snapshot.of([answer()]).dumps().replace(b'"version":1', b'"version":1,"colour":"red"'))
+    read = Snapshot.loads(newer)
+    assert read.answers == (answer(),)
+    assert read.id == json.loads(newer)["id"] != Snapshot.of([answer()]).id
+    assert read.dumps() == newer
 
 
 def test_match_exact_for_the_problem_and_for_its_bucket() -> None:

@@ -1,0 +1,185 @@
+"""tilewise.attention: scaled dot-product attention by the fastest known way on this device."""
+
+import logging
+from collections.abc import Hashable
+
+import torch
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.errors import InputError
+from tilewise.domain.matching import default_candidate
+from tilewise.domain.problem import Dtype, Layout, Pass, Precision, Problem
+from tilewise.kernels.call import DTYPES, Call, check_mask, check_tensors, mask_pattern
+from tilewise.kernels.run import Result, run
+
+from . import session
+from .resolve import Resolved, resolve
+
+log = logging.getLogger("tilewise")
+
+MEMO_LIMIT = 65_536
+_resolved: dict[Hashable, Resolved] = {}
+_resolved_under = 0
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    precision: str = "ieee",
+    backend: str = "auto",
+    strict: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax(scale * query @ key.T + ...) @ value.
+
+    - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv), fp16, bf16 or fp32, H a multiple of Hkv; with
+      layout="bhsd" sequence and heads change places, in the result too. The result is (B, Q, H, Dv).
+    - causal: query i sees key j when j <= i + K - Q. window: (left, right) from the same diagonal, -1 unbounded.
+    - mask: bool (True = attend) or additive float, any shape that broadcasts to (B, H, Q, K); a float mask that
+      requires grad gets one.
+    - alibi_slopes: (H,) or (B, H); adds -slope * |i + K - Q - j|. softcap: 0 for none. scale: D ** -0.5 by default.
+    - return_lse: return (result, LSE), LSE (B, H, Q) float32, natural log, without a gradient.
+    - backend: "auto", or the name of one; strict: raise instead of falling back where it cannot run.
+
+    Rows with nothing to attend give 0 and LSE -inf. Where the chosen backend has no backward of its own (Triton and
+    tiled CPU have none yet), the backward recomputes through torch.
+
+    Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
+    and with strict=True UnsupportedError and whatever the backend raises.
+    """
+    swap = layout == "bhsd"
+    if swap:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    learns = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
+    )
+    mask_key = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
+    slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.device)
+    memo_key = (
+        query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
+        value.device, causal, window, mask_key, slopes_key, softcap > 0, layout, return_lse, precision, backend,
+        strict, learns,
+    )  # fmt: skip
+    resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
+    if resolved is None:
+        _check(query, key, value, mask, alibi_slopes, softcap, layout, precision)
+        problem = _problem(
+            query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, layout, precision, learns
+        )
+        resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
+        _remember(memo_key, resolved)
+    call = Call(
+        problem=resolved.problem,
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+    )
+    out, lse = _run(call, resolved, strict=strict)
+    if swap:
+        out = out.transpose(1, 2)
+    if not return_lse:
+        return out
+    assert lse is not None, "resolve chose a backend that gives the LSE"
+    return out, lse
+
+
+def _run(call: Call, resolved: Resolved, *, strict: bool) -> Result:
+    try:
+        return run(call, resolved.candidate)
+    except torch.OutOfMemoryError:
+        raise  # the caller's to handle: another backend would need as much
+    except Exception as error:  # a plan that fails here must not stop a training step
+        default = default_candidate(call.problem)
+        if strict or resolved.candidate == default:
+            raise
+        log.warning("%s failed on %s, torch's own choice runs instead: %s", resolved.candidate, call.problem.key, error)
+        resolved.candidate = default
+        return run(call, default)
+
+
+def _remember(memo_key: Hashable, resolved: Resolved) -> None:
+    global _resolved_under
+    if _resolved_under != session.generation or len(_resolved) >= MEMO_LIMIT:
+        _resolved.clear()
+        _resolved_under = session.generation
+    _resolved[memo_key] = resolved
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    softcap: float,
+    layout: str,
+    precision: str,
+) -> None:
+    if layout not in list(Layout):
+        raise InputError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
+    if precision not in list(Precision):
+        raise InputError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
+    if softcap < 0:
+        raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
+    check_tensors(query, key, value)
+    if mask is not None:
+        check_mask(mask, query, key)
+    batch, heads = query.shape[0], query.shape[2]
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        raise InputError(
+            f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
+        )
+
+
+def _problem(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    window: tuple[int, int] | None,
+    mask: torch.Tensor | None,
+    alibi: bool,
+    softcap: bool,
+    layout: str,
+    precision: str,
+    learns: bool,
+) -> Problem:
+    dtype = DTYPES[query.dtype]
+    return Problem(
+        pass_=Pass.TRAINING if learns else Pass.INFERENCE,
+        dtype=dtype,
+        batch=query.shape[0],
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        q_len=query.shape[1],
+        kv_len=key.shape[1],
+        head_dim=query.shape[3],
+        v_head_dim=value.shape[3],
+        causal=causal,
+        window=window,
+        mask=mask_pattern(mask),
+        bias_grad=learns and mask is not None and mask.requires_grad,
+        alibi=alibi,
+        softcap=softcap,
+        precision=Precision(precision) if dtype is Dtype.FP32 else Precision.IEEE,
+        layout=Layout(layout),
+    )
+
+
+def chosen(problem: Problem, device: torch.device | str = "auto") -> Candidate:
+    """Return what `attention` runs for `problem` on `device`."""
+    where = session.devices.select(device) if isinstance(device, str) else device
+    return resolve(problem, where, "auto", return_lse=False, strict=False).candidate
