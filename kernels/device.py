@@ -47,7 +47,7 @@ def describe(device: torch.device) -> Device:
     if device.type == "cpu":
         return _cpu(torch.get_num_threads())
     if device.type == "cuda":
-        return _cuda(device.index if device.index is not None else torch.cuda.current_device())
+        return _cuda(torch.cuda.current_device() if str(device) == "cuda" else device.index)
     raise DeviceError(f"expected a cpu or cuda device, got {device}; tilewise measures on these two kinds")
 
 

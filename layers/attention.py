@@ -5,7 +5,6 @@ from collections.abc import Hashable
 
 import torch
 
-from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Dtype, Layout, Pass, Precision, Problem
@@ -177,9 +176,3 @@ def _problem(
         precision=Precision(precision) if dtype is Dtype.FP32 else Precision.IEEE,
         layout=Layout(layout),
     )
-
-
-def chosen(problem: Problem, device: torch.device | str = "auto") -> Candidate:
-    """Return what `attention` runs for `problem` on `device`."""
-    where = session.devices.select(device) if isinstance(device, str) else device
-    return resolve(problem, where, "auto", return_lse=False, strict=False).candidate

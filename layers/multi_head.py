@@ -68,4 +68,5 @@ class FastMultiHeadSelfAttention(nn.Module):
             strict=self.strict,
         )
         assert isinstance(out, torch.Tensor)
-        return self.o_proj(out.flatten(2))
+        result: torch.Tensor = self.o_proj(out.flatten(2))
+        return result

@@ -71,7 +71,7 @@ def answer(problem: Problem, device: torch.device | str = "auto") -> Answer:
 def client_for(device: torch.device | str) -> Client:
     """Return this process's client for `device`; makes it at the first call, without I/O."""
     where = devices.select(device) if isinstance(device, str) else device
-    if where.type == "cuda" and where.index is None:
+    if str(where) == "cuda":
         where = torch.device("cuda", torch.cuda.current_device())
     client = _clients.get(where)
     if client is None:

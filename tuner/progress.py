@@ -11,7 +11,7 @@ class Progress:
     """A moment of a tuning.
 
     - phase: `prepare`, `search`, `final` or `done`.
-    - trials, failed: tried so far, resumed ones included, and how many of them ended badly; total: the most there can be.
+    - trials, failed: tried so far, resumed ones included, and how many of them ended badly; total: the limit.
     - best: the fastest trial so far; baseline: the one of torch's own choice.
     - seconds_left: wall time until the search ends at the latest.
     """
