@@ -68,11 +68,14 @@ class SdpaCudnn(_ChosenCuda):
     choice = SDPBackend.CUDNN_ATTENTION
 
     def supports(self, problem: Problem, device: Device) -> str | None:
+        reason = super().supports(problem, device)
+        if reason is not None:
+            return reason
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if problem.head_dim % 8 or problem.v_head_dim % 8:
             return "needs head_dim in multiples of 8"
-        return super().supports(problem, device)
+        return None
 
 
 class SdpaFlash(_ChosenCuda):
@@ -82,13 +85,16 @@ class SdpaFlash(_ChosenCuda):
     choice = SDPBackend.FLASH_ATTENTION
 
     def supports(self, problem: Problem, device: Device) -> str | None:
+        reason = super().supports(problem, device)
+        if reason is not None:
+            return reason
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if _needs_mask(problem):
             return "takes no mask, and a window, ALiBi or q_len != kv_len needs one"
         if problem.head_dim > 256 or problem.v_head_dim != problem.head_dim:
             return "needs one head_dim of at most 256"
-        return super().supports(problem, device)
+        return None
 
 
 class SdpaEfficient(_ChosenCuda):
@@ -98,9 +104,12 @@ class SdpaEfficient(_ChosenCuda):
     choice = SDPBackend.EFFICIENT_ATTENTION
 
     def supports(self, problem: Problem, device: Device) -> str | None:
+        reason = super().supports(problem, device)
+        if reason is not None:
+            return reason
         if problem.heads != problem.kv_heads:
             return "needs kv_heads = heads"
-        return super().supports(problem, device)
+        return None
 
 
 SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
