@@ -38,7 +38,8 @@ def select(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(f"no device {name!r}: expected auto or one of {present}") from None
-    if device.type != "cuda" or (device.index or 0) >= count:
+    # torch keeps a number above 127 modulo 256: cuda:256 would be cuda:0
+    if device.type != "cuda" or (device.index or 0) >= count or str(device) != name:
         raise DeviceError(f"no device {name!r} on this machine: expected auto or one of {present}")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
