@@ -18,17 +18,19 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import DeviceError
 from tilewise.domain.software import Software
 
-_VECTOR_FLAGS = (("avx512f", "avx512"), ("avx2", "avx2"), ("avx", "avx"), ("asimd", "neon"), ("sve", "sve"))
+_VECTOR_FLAGS = (("avx512f", "avx512"), ("avx2", "avx2"), ("avx", "avx"), ("sve", "sve"), ("asimd", "neon"))
 
 
 def select(name: str = "auto") -> torch.device:
     """Return the torch device called `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
 
+    Without a number it is this process's current GPU: each rank of a job has its own.
+
     Raises DeviceError for a device that this machine does not have.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda:0" if count else "cpu"
+        name = "cuda" if count else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     present = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
@@ -36,18 +38,18 @@ def select(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(f"no device {name!r}: expected auto or one of {present}") from None
-    if device.type != "cuda" or (device.index or 0) >= count:
+    # torch keeps a number above 127 modulo 256: cuda:256 would be cuda:0
+    if device.type != "cuda" or (device.index or 0) >= count or str(device) != name:
         raise DeviceError(f"no device {name!r} on this machine: expected auto or one of {present}")
-    return torch.device("cuda", device.index or 0)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-@functools.lru_cache(maxsize=64)
 def describe(device: torch.device) -> Device:
     """Return what `device` is. For a CPU: with the number of threads torch computes with now."""
     if device.type == "cpu":
         return _cpu(torch.get_num_threads())
     if device.type == "cuda":
-        return _cuda(torch.cuda.current_device() if str(device) == "cuda" else device.index)
+        return _cuda(torch.cuda.current_device() if device.index is None else device.index)
     raise DeviceError(f"expected a cpu or cuda device, got {device}; tilewise measures on these two kinds")
 
 
@@ -55,11 +57,12 @@ def describe(device: torch.device) -> Device:
 def software(kind: DeviceKind) -> Software:
     """Return the versions that decide what a kernel does on a device of `kind`."""
     kernels = _kernel_hashes()
+    torch_version = str(torch.__version__)  # its own type calls 2.13 and 2.13.0 equal
     if kind is DeviceKind.CPU:
-        return Software(torch=torch.__version__, kernels=kernels)
+        return Software(torch=torch_version, kernels=kernels)
     cudnn = torch.backends.cudnn.version()
     return Software(
-        torch=torch.__version__,
+        torch=torch_version,
         triton=_installed("triton"),
         cuda=torch.version.cuda,
         driver=_driver(),
@@ -84,18 +87,22 @@ def telemetry(device: torch.device) -> Telemetry:
     if device.type != "cuda":
         return Telemetry()
     with _nvml() as nvml:
-        handle = _handle(nvml, device.index or 0)
-        return Telemetry(
-            clock_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            temperature_c=nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-        )
+        handle = _handle(nvml, torch.cuda.current_device() if device.index is None else device.index)
+        clock = power = temperature = None  # a slice or a virtual GPU does not tell all of them
+        with contextlib.suppress(nvml.NVMLError):
+            clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        with contextlib.suppress(nvml.NVMLError):
+            power = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        with contextlib.suppress(nvml.NVMLError):
+            temperature = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+        return Telemetry(clock_mhz=clock, power_w=power, temperature_c=temperature)
 
 
 def _handle(nvml: Any, index: int) -> Any:
     return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
+@functools.lru_cache(maxsize=64)
 def _cpu(threads: int) -> Device:
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -120,6 +127,7 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+@functools.lru_cache(maxsize=64)
 def _cuda(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     memory, watts, mig = properties.total_memory, None, None
@@ -176,7 +184,7 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
     folder = Path(__file__).parent
     sources = {
         "cpu_tiled": [folder / "backends/tiled_cpu.py"],
-        "plain": [folder / "reference.py"],
+        "plain": [folder / "backends/plain.py", folder / "reference.py"],
         "sdpa": [folder / "backends/sdpa.py"],
         "triton_forward": [folder / "triton_kernels/forward.py"],
     }

@@ -81,7 +81,9 @@ def _modified(call: Call, raw: torch.Tensor, batch: slice, heads: slice) -> torc
     rows = torch.arange(q_len, device=raw.device)
     columns = torch.arange(kv_len, device=raw.device)
     if call.alibi_slopes is not None:
-        slopes = call.alibi_slopes.expand(call.query.shape[0], -1)[batch, heads, None, None]
+        # at least in the slopes' own float32: distances above 256 are no bfloat16 numbers
+        slopes = call.alibi_slopes.to(torch.promote_types(call.alibi_slopes.dtype, scores.dtype))
+        slopes = slopes.expand(call.query.shape[0], -1)[batch, heads, None, None]
         scores = scores - (slopes * (rows[:, None] + kv_len - q_len - columns).abs()).to(scores.dtype)
     if call.mask is not None:
         mask = call.mask.expand(call.query.shape[0], call.query.shape[2], q_len, kv_len)[batch, heads]

@@ -26,7 +26,8 @@ def run(call: Call, candidate: Candidate) -> Result:
     backend = backend_named(candidate.backend)
     config = candidate.config()
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
-        return backend.forward(call, config)
+        out, lse = backend.forward(call, config)
+        return out, None if lse is None else lse.detach()
     out, lse = _Recomputed.apply(call.query, call.key, call.value, call, backend, candidate)
     return out, lse
 
@@ -45,8 +46,9 @@ class _Recomputed(torch.autograd.Function):
         candidate: Candidate,
     ) -> Result:
         out, lse = backend.forward(call.with_tensors(query, key, value), candidate.config())
-        ctx.save_for_backward(query, key, value)
-        ctx.call = call.with_tensors(query.detach(), key.detach(), value.detach())
+        # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
+        ctx.save_for_backward(query, key, value, call.mask, call.alibi_slopes)
+        ctx.problem, ctx.scale, ctx.softcap = call.problem, call.scale, call.softcap
         if lse is not None:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -54,11 +56,13 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        *saved, mask, slopes = ctx.saved_tensors
+        query, key, value = inputs = [
+            tensor.detach().requires_grad_(needs) for tensor, needs in zip(saved, ctx.needs_input_grad, strict=False)
+        ]
+        call = Call(ctx.problem, query, key, value, ctx.scale, mask, slopes, ctx.softcap)
         with torch.enable_grad():
-            out, _ = backend_named(default_candidate(ctx.call.problem).backend).forward(
-                ctx.call.with_tensors(*inputs), None
-            )
-        needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
+            out, _ = backend_named(default_candidate(ctx.problem).backend).forward(call, None)
+        needed = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(torch.autograd.grad(out, needed, grad_out))
         return (*(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None, None, None)

@@ -84,3 +84,12 @@ def sqlite(tmp_path: Path) -> Iterator[Database]:
     """A SQLite database, for tests in which the kind makes no difference."""
     with Database.open(f"sqlite:///{tmp_path / 'tilewise.db'}", upgrade=True) as opened:
         yield opened
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data folder, empty, with none of the caller's settings: no test reads or writes the user's own."""
+    for name in [name for name in os.environ if name.startswith("TILEWISE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TILEWISE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

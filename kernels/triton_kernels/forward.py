@@ -112,11 +112,15 @@ def attention_forward(
     RIGHT: tl.constexpr,  # whether it has a right side; causal is right = 0
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of queries, batch * heads). The last dimension of every tensor has stride 1."""
-    # the last block of a causal problem has the most keys: start with it
-    block = tl.num_programs(0) - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)
-    entry = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    """Grid (batch * heads * blocks of queries). The last dimension of every tensor has stride 1."""
+    # one dimension: the others end at 65535 programs, which batch * heads may exceed
+    blocks = tl.cdiv(q_len, BLOCK_M)
+    place = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if RIGHT:  # the last block of a causal problem has the most keys: start with it
+        block = blocks - 1 - block
+    entry = place // heads
+    head = place % heads
     o_entry = entry.to(tl.int64)
     o_head = head.to(tl.int64)
     o_kv_head = (head // GROUP).to(tl.int64)
@@ -199,33 +203,34 @@ def launch(
     out = query.new_empty(batch, q_len, heads, v_head_dim)
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     left, right = window
-    attention_forward[(triton.cdiv(q_len, block_m), batch * heads)](
-        query,
-        key,
-        value,
-        out,
-        lse,
-        scale * math.log2(math.e),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *out.stride()[:3],
-        heads,
-        q_len,
-        kv_len,
-        NO_LIMIT if left == -1 else left,
-        NO_LIMIT if right == -1 else right,
-        GROUP=heads // kv_heads,
-        D=head_dim,
-        DV=v_head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        LEFT=left != -1,
-        RIGHT=right != -1,
-        PRECISION=precision,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors are on
+        attention_forward[(triton.cdiv(q_len, block_m) * batch * heads,)](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            scale * math.log2(math.e),
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *out.stride()[:3],
+            heads,
+            q_len,
+            kv_len,
+            NO_LIMIT if left == -1 else left,
+            NO_LIMIT if right == -1 else right,
+            GROUP=heads // kv_heads,
+            D=head_dim,
+            DV=v_head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            LEFT=left != -1,
+            RIGHT=right != -1,
+            PRECISION=precision,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
     return out, lse

@@ -1,0 +1,155 @@
+"""run(): gradients of backends that have a forward only, and what autograd sees of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tilewise.domain.config import Candidate, Config
+from tilewise.domain.errors import ConfigError
+from tilewise.domain.problem import Pass
+from tilewise.kernels import reference
+from tilewise.kernels.call import Call
+from tilewise.kernels.run import run
+
+from .cells import call_of, problem_of
+
+TILED = Candidate.of("cpu_tiled", forward=Config.of("cpu_tiled", block_q=16, block_k=64, heads_per_chunk=1))
+
+
+def training_call(cell: str = "causal, more queries", **changes: Any) -> Call:
+    return call_of(problem_of(cell, pass_=Pass.TRAINING, **changes))
+
+
+def leaves_of(call: Call, *needs: bool) -> list[torch.Tensor]:
+    tensors = (call.query, call.key, call.value)
+    return [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
+
+
+def grad_of(call: Call) -> torch.Tensor:
+    shape = (*call.query.shape[:3], call.value.shape[3])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
+def test_only_the_gradients_that_are_needed(needs: tuple[bool, bool, bool]) -> None:
+    call = training_call()
+    leaves = leaves_of(call, *needs)
+    out, lse = run(call.with_tensors(*leaves), TILED)
+    assert out.requires_grad
+    assert lse is not None
+    assert not lse.requires_grad
+    grad_out = grad_of(call)
+    out.backward(grad_out)
+    for leaf, need, expected in zip(leaves, needs, reference.gradients(call, grad_out), strict=True):
+        assert (leaf.grad is not None) == need
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "plain", "cpu_tiled"])
+def test_wholly_masked_rows_have_no_gradient(name: str) -> None:
+    call = training_call()
+    leaves = leaves_of(call, True, True, True)
+    out, _ = run(call.with_tensors(*leaves), Candidate(name))
+    out.backward(grad_of(call))
+    masked = call.problem.q_len - call.problem.kv_len
+    assert leaves[0].grad is not None
+    assert bool((leaves[0].grad[:, :masked] == 0).all())
+    assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in leaves)
+
+
+def test_one_tensor_as_query_key_and_value() -> None:
+    call = training_call("causal")
+    (leaf,) = leaves_of(call.with_tensors(call.query, call.query, call.query), True, True, True)[:1]
+    out, _ = run(call.with_tensors(leaf, leaf, leaf), TILED)
+    grad_out = grad_of(call)
+    (found,) = torch.autograd.grad(out, leaf, grad_out)
+    expected = sum(reference.gradients(call.with_tensors(leaf, leaf, leaf), grad_out))
+    assert isinstance(expected, torch.Tensor)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_twice_gives_the_same() -> None:
+    call = training_call()
+    leaves = leaves_of(call, True, True, True)
+    out, _ = run(call.with_tensors(*leaves), TILED)
+    first = torch.autograd.grad(out, leaves, grad_of(call), retain_graph=True)
+    second = torch.autograd.grad(out, leaves, grad_of(call))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number() -> None:
+    call = training_call()
+    leaves = leaves_of(call, True, True, True)
+    out, _ = run(call.with_tensors(*leaves), TILED)
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_no_graph_under_no_grad() -> None:
+    call = training_call()
+    with torch.no_grad():
+        out, _ = run(call.with_tensors(*leaves_of(call, True, True, True)), TILED)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("name", ["plain", "cpu_tiled"])
+def test_no_backend_gives_a_gradient_through_the_lse(name: str) -> None:
+    call = training_call()
+    _, lse = run(call.with_tensors(*leaves_of(call, True, True, True)), Candidate(name))
+    assert lse is not None
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    call = training_call()
+    leaves, plain = leaves_of(call, True, True, True), leaves_of(call, True, True, True)
+
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        return run(call.with_tensors(*(2 * tensor for tensor in tensors)), TILED)[0]
+
+    checkpoint(forward, *leaves, use_reentrant=reentrant).backward(grad_of(call))
+    forward(*plain).backward(grad_of(call))
+    for leaf, expected in zip(leaves, plain, strict=True):
+        assert leaf.grad is not None
+        assert expected.grad is not None
+        assert torch.equal(leaf.grad, expected.grad)
+
+
+def test_saved_tensors_are_all_that_is_kept() -> None:
+    """Offloading and checkpointing replace what autograd saves: nothing else may hold the activations."""
+    call = training_call("causal")
+    leaves = leaves_of(call, True, True, True)
+    packed: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> int:
+        packed.append(tensor.clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index]):
+        out, _ = run(call.with_tensors(*leaves), TILED)
+    assert len(packed) == 3
+    assert out.grad_fn is not None
+    assert not [kept for kept in vars(out.grad_fn).values() if isinstance(kept, torch.Tensor | Call)]
+    out.backward(grad_of(call))
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_an_input_changed_before_backward_is_noticed() -> None:
+    call = training_call("causal")
+    leaves = [2 * leaf for leaf in leaves_of(call, True, True, True)]
+    out, _ = run(call.with_tensors(*leaves), TILED)
+    leaves[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ConfigError, match="unknown backend"):
+        run(call_of(problem_of("full")), Candidate("nope"))
