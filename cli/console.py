@@ -19,11 +19,14 @@ def print_json(value: object) -> None:
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Print a table, numbers to the right. Cells are never broken: a narrow terminal wraps whole lines."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in columns:
         number = column in ("speed-up", "trials", "version") or column.endswith(("ms", "%"))
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = Console(width=10_000).measure(table).maximum
-    Console(highlight=False, width=max(width, out.width)).print(table)
+    wide = Console(width=10_000, highlight=False)
+    with wide.capture() as captured:
+        wide.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    out.print("\n".join([title, *lines] if title else lines), markup=False)

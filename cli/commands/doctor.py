@@ -1,15 +1,13 @@
 """tilewise doctor."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from tilewise.domain.device import Device, DeviceKind
+from tilewise.domain.problem import Dtype, Problem
+from tilewise.domain.software import Software
 
 from ..console import out, print_json, print_table
 from ..options import AsJson, DeviceName
-
-if TYPE_CHECKING:
-    from tilewise.domain.device import Device
-    from tilewise.domain.problem import Problem
-    from tilewise.domain.software import Software
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +20,10 @@ class BackendReport:
 class Report:
     """What this machine has; `probe` is the problem that each backend was asked about."""
 
-    device: "Device"
+    device: Device
     device_key: str
-    software: "Software"
-    probe: "Problem"
+    software: Software
+    probe: Problem
     backends: tuple[BackendReport, ...]
     data_folder: str
     source: str
@@ -51,8 +49,6 @@ def doctor(device: DeviceName = "auto", as_json: AsJson = False) -> None:
 def _examine(name: str) -> Report:
     from tilewise.client import paths
     from tilewise.client.settings import Settings
-    from tilewise.domain.device import DeviceKind
-    from tilewise.domain.problem import Dtype, Problem
 
     from ..torch import need_torch
 
