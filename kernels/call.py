@@ -20,6 +20,7 @@ class Call:
     - mask: bool (True = attend) or additive, broadcastable to (B, H, Q, K); None without one.
     - alibi_slopes: float32, (H,) or (B, H); adds -slope * |i + K - Q - j|.
     - softcap: scores become softcap * tanh(scores / softcap) where it is above 0.
+    - dropout: share of the weights that are set to 0, the others being scaled by 1 / (1 - dropout); seed says which.
     """
 
     problem: Problem
@@ -30,6 +31,12 @@ class Call:
     mask: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     softcap: float = 0.0
+    dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def mask_is_bool(self) -> bool:
+        return self.mask is not None and self.mask.dtype is torch.bool
 
     @property
     def window(self) -> tuple[int, int]:

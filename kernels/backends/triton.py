@@ -42,18 +42,7 @@ class Triton(Backend):
         from ..triton_kernels.forward import launch
 
         config = config or _default(call.problem.head_dim, call.problem.v_head_dim)
-        return launch(
-            call.query,
-            call.key,
-            call.value,
-            scale=call.scale,
-            window=call.window,
-            precision=str(call.problem.precision),
-            block_m=config["block_m"],
-            block_n=config["block_n"],
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
-        )
+        return launch(call, **config.as_dict())
 
 
 def _padded(head_dim: int) -> int:

@@ -1,17 +1,48 @@
-"""Attention forward in Triton, pointer path: FlashAttention-2's loop order (Dao 2023, algorithm 1).
+"""Attention forward in Triton: FlashAttention-2's loop order (Dao 2023, algorithm 1).
 
 One program computes block_m queries of one head over all keys they reach. Keys are visited in up to three stretches:
 the left border of the window, the inside, and the right border with the causal diagonal and the ragged end. Only
-tiles of the two borders pay for masking. Names: p_ pointer, b_ block in registers, o_ offset, m_ mask.
-"""
+tiles of the two borders are compared with the window. Names: p_ pointer, b_ block in registers, o_ offset, m_ mask.
 
-import math
+Two ways to load a tile: by pointers (sm_80 and up), or through TMA descriptors (sm_90 and up), which pad by themselves.
+"""
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-NO_LIMIT = 1 << 30
+from ..call import Call
+from .common import features, kept, padded, scores, unit_stride
+
+
+@triton.jit
+def load_tile(
+    tensor,  # a pointer at (row 0, column 0) of one head, or a descriptor of (batch, seq, heads, columns)
+    entry,
+    head,
+    first,
+    stride,
+    length,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Return rows first..first + BLOCK (BLOCK, BLOCK_COLUMNS), 0 beyond COLUMNS and, where RAGGED, beyond length."""
+    if TMA:
+        return tensor.load([entry, first, head, 0]).reshape(BLOCK, BLOCK_COLUMNS)
+    o_row = first + tl.arange(0, BLOCK)
+    o_column = tl.arange(0, BLOCK_COLUMNS)
+    p_tile = tensor + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
+    if RAGGED and COLUMNS != BLOCK_COLUMNS:
+        return tl.load(p_tile, mask=(o_row < length)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
+    if RAGGED:
+        return tl.load(p_tile, mask=(o_row < length)[:, None], other=0.0)
+    if COLUMNS != BLOCK_COLUMNS:
+        return tl.load(p_tile, mask=(o_column < COLUMNS)[None, :], other=0.0)
+    return tl.load(p_tile)
 
 
 @triton.jit
@@ -20,70 +51,93 @@ def _visit(
     b_sum,  # (BLOCK_M,) float32
     b_peak,  # (BLOCK_M,) float32, in units of log2
     b_q,  # (BLOCK_M, BLOCK_D)
-    p_k,  # (BLOCK_D, BLOCK_N), at key 0
-    p_v,  # (BLOCK_N, BLOCK_DV), at key 0
-    stride_k,
-    stride_v,
+    key,
+    value,
+    entry,
+    kv_head,
+    stride_ks,
+    stride_vs,
     start,
     stop,
-    o_diagonal,  # (BLOCK_M,): the key on each query's diagonal
+    o_m,
+    p_mask,
+    stride_mq,
+    stride_mk,
+    slope,
+    seed,
+    o_place,
+    scale,
+    softcap,
+    dropout,
+    q_len,
     kv_len,
-    scale_log2,
     left,
     right,
-    m_d,  # (BLOCK_D,)
-    m_dv,  # (BLOCK_DV,)
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BORDER: tl.constexpr,
-    WHOLE_D: tl.constexpr,
-    WHOLE_DV: tl.constexpr,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Fold keys start..stop into the accumulator; BORDER: mask by window and length."""
-    o_n = tl.arange(0, BLOCK_N)
+    log2e: tl.constexpr = 1.4426950408889634
+    o_row = o_m[:, None]
     for first in range(start, stop, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
-        o_key = first + o_n
-        p_key = p_k + first.to(tl.int64) * stride_k
-        p_value = p_v + first.to(tl.int64) * stride_v
-        if BORDER:
-            b_k = tl.load(p_key, mask=(o_key < kv_len)[None, :] & m_d[:, None], other=0.0)
-        elif WHOLE_D:
-            b_k = tl.load(p_key)
+        o_key = (first + tl.arange(0, BLOCK_N))[None, :]
+        b_k = load_tile(key, entry, kv_head, first, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, BORDER, TMA)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if FOLD:
+            # nothing but a positive scale: it goes into the exponent, one fused multiply-add per score
+            if BORDER:
+                o_distance = o_key - (o_row + (kv_len - q_len))
+                m_reach = (o_key < kv_len) & (o_distance <= right) & (o_distance >= -left)
+                b_s = tl.where(m_reach, b_s, -float("inf"))
+            factor = scale * log2e
+            b_new = tl.maximum(b_peak, tl.max(b_s, 1) * factor)
         else:
-            b_k = tl.load(p_key, mask=m_d[:, None], other=0.0)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2
-        if BORDER:
-            o_distance = o_key[None, :] - o_diagonal[:, None]
-            m_reach = (o_key < kv_len)[None, :] & (o_distance <= right) & (o_distance >= -left)
-            b_s = tl.where(m_reach, b_s, -float("inf"))
-        b_new = tl.maximum(b_peak, tl.max(b_s, 1))
+            b_s, _ = scores(
+                b_s, o_row, o_key, p_mask, stride_mq, stride_mk, slope, scale, softcap, q_len, kv_len, left, right,
+                MASK, ALIBI, SOFTCAP, BORDER,
+            )  # fmt: skip
+            factor = 1.0
+            b_new = tl.maximum(b_peak, tl.max(b_s, 1))
         # a row that has seen no key yet has the peak -inf: subtract 0 there, so that exp2 gives 0 and not NaN
-        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new) if BORDER else b_new
-        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new) if BORDER or MASK != 0 else b_new
+        b_p = tl.exp2(b_s * factor - b_shift[:, None]) if FOLD else tl.exp2(b_s - b_shift[:, None])
         b_decay = tl.exp2(b_peak - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = b_acc * b_decay[:, None]
-        if BORDER:
-            b_v = tl.load(p_value, mask=(o_key < kv_len)[:, None] & m_dv[None, :], other=0.0)
-        elif WHOLE_DV:
-            b_v = tl.load(p_value)
-        else:
-            b_v = tl.load(p_value, mask=m_dv[None, :], other=0.0)
+        if DROPOUT:
+            b_p = tl.where(kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout), b_p, 0.0)
+        b_v = load_tile(value, entry, kv_head, first, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_peak = b_new
     return b_acc, b_sum, b_peak
 
 
 # One compilation serves all lengths: a length that happens to divide by 16 is worth nothing to this kernel.
-@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right"])
+@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed"])
 def attention_forward(
     query,
     key,
     value,
     out,
     lse,
-    scale_log2,
+    mask,
+    slopes,
+    seed,
+    scale,
+    softcap,
+    dropout,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -96,6 +150,12 @@ def attention_forward(
     stride_ob,
     stride_os,
     stride_oh,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ah,
     heads,
     q_len,
     kv_len,
@@ -110,6 +170,12 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr,  # whether the window has a left side
     RIGHT: tl.constexpr,  # whether it has a right side; causal is right = 0
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    FOLD: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (batch * heads * blocks of queries). The last dimension of every tensor has stride 1."""
@@ -121,22 +187,23 @@ def attention_forward(
         block = blocks - 1 - block
     entry = place // heads
     head = place % heads
+    kv_head = head // GROUP
+    o_place = place.to(tl.int64)
     o_entry = entry.to(tl.int64)
     o_head = head.to(tl.int64)
-    o_kv_head = (head // GROUP).to(tl.int64)
 
     o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     m_m = o_m < q_len
-    m_d = o_d < D
-    m_dv = o_dv < DV
-
-    p_q = query + o_entry * stride_qb + o_head * stride_qh + o_m.to(tl.int64)[:, None] * stride_qs + o_d[None, :]
-    p_k = key + o_entry * stride_kb + o_kv_head * stride_kh + o_n.to(tl.int64)[None, :] * stride_ks + o_d[:, None]
-    p_v = value + o_entry * stride_vb + o_kv_head * stride_vh + o_n.to(tl.int64)[:, None] * stride_vs + o_dv[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    p_mask = mask + o_entry * stride_mb + o_head * stride_mh if MASK != 0 else mask
+    slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
+    if TMA:
+        p_q, p_k, p_v = query, key, value
+    else:
+        p_q = query + o_entry * stride_qb + o_head * stride_qh
+        p_k = key + o_entry * stride_kb + kv_head.to(tl.int64) * stride_kh
+        p_v = value + o_entry * stride_vb + kv_head.to(tl.int64) * stride_vh
+    b_q = load_tile(p_q, entry, head, block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
 
     # keys are visited in [start, stop); of these, [inside_start, inside_stop) are in reach of every query of the block
     offset = kv_len - q_len
@@ -159,77 +226,80 @@ def attention_forward(
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    o_diagonal = o_m + offset
     if LEFT:
         b_acc, b_sum, b_peak = _visit(
-            b_acc, b_sum, b_peak, b_q, p_k, p_v, stride_ks, stride_vs, start, inside_start, o_diagonal, kv_len,
-            scale_log2, left, right, m_d, m_dv, BLOCK_N, True, D == BLOCK_D, DV == BLOCK_DV, PRECISION,
+            b_acc, b_sum, b_peak, b_q, p_k, p_v, entry, kv_head, stride_ks, stride_vs, start, inside_start, o_m,
+            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
         )  # fmt: skip
     b_acc, b_sum, b_peak = _visit(
-        b_acc, b_sum, b_peak, b_q, p_k, p_v, stride_ks, stride_vs, inside_start, inside_stop, o_diagonal, kv_len,
-        scale_log2, left, right, m_d, m_dv, BLOCK_N, False, D == BLOCK_D, DV == BLOCK_DV, PRECISION,
+        b_acc, b_sum, b_peak, b_q, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_start, inside_stop, o_m,
+        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
     )  # fmt: skip
     b_acc, b_sum, b_peak = _visit(
-        b_acc, b_sum, b_peak, b_q, p_k, p_v, stride_ks, stride_vs, inside_stop, stop, o_diagonal, kv_len,
-        scale_log2, left, right, m_d, m_dv, BLOCK_N, True, D == BLOCK_D, DV == BLOCK_DV, PRECISION,
+        b_acc, b_sum, b_peak, b_q, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_stop, stop, o_m,
+        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
     )  # fmt: skip
 
     m_seen = b_sum > 0.0
-    b_out = b_acc / tl.where(m_seen, b_sum, 1.0)[:, None]
+    b_norm = 1.0 / tl.where(m_seen, b_sum, 1.0)
+    if DROPOUT:
+        b_norm = b_norm / (1.0 - dropout)
+    b_out = b_acc * b_norm[:, None]
     p_out = out + o_entry * stride_ob + o_head * stride_oh + o_m.to(tl.int64)[:, None] * stride_os + o_dv[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_dv[None, :])
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DV)[None, :])
     ln2: tl.constexpr = 0.6931471805599453
     b_lse = tl.where(m_seen, (b_peak + tl.log2(tl.where(m_seen, b_sum, 1.0))) * ln2, -float("inf"))
-    tl.store(lse + (o_entry * heads + o_head) * q_len + o_m, b_lse, mask=m_m)
+    tl.store(lse + o_place * q_len + o_m, b_lse, mask=m_m)
+
+
+def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Return a TMA descriptor of a BSHD tensor whose tiles are `rows` of one head, padded to a power of two."""
+    block = [1, rows, 1, padded(tensor.shape[-1])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def describable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` as TMA takes it: rows and base at multiples of 16 bytes; copied only where they are not."""
+    size = tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    return tensor if aligned and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    window: tuple[int, int],
-    precision: str,
-    block_m: int,
-    block_n: int,
-    num_warps: int,
-    num_stages: int,
+    call: Call, *, block_m: int, block_n: int, num_warps: int, num_stages: int, tma: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the kernel on BSHD tensors of any strides; return the result (B, Q, H, Dv) and the LSE (B, H, Q)."""
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    batch, q_len, heads, head_dim = query.shape
-    kv_len, kv_heads, v_head_dim = value.shape[1:]
-    out = query.new_empty(batch, q_len, heads, v_head_dim)
+    """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32.
+
+    With `tma` head_dim and v_head_dim times the element size must be multiples of 16 bytes.
+    """
+    prepare = describable if tma else unit_stride
+    query, key, value = (prepare(tensor) for tensor in (call.query, call.key, call.value))
+    batch, q_len, heads, _ = query.shape
+    out = query.new_empty(batch, q_len, heads, value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
-    left, right = window
+    given = features(call)
+    plain = call.mask is None and call.alibi_slopes is None and call.softcap == 0
+    tensors: tuple[object, ...] = (query, key, value)
+    if tma:
+        tensors = (descriptor(query, block_m), descriptor(key, block_n), descriptor(value, block_n))
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors are on
         attention_forward[(triton.cdiv(q_len, block_m) * batch * heads,)](
-            query,
-            key,
-            value,
+            *tensors,
             out,
             lse,
-            scale * math.log2(math.e),
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            *out.stride()[:3],
-            heads,
-            q_len,
-            kv_len,
-            NO_LIMIT if left == -1 else left,
-            NO_LIMIT if right == -1 else right,
-            GROUP=heads // kv_heads,
-            D=head_dim,
-            DV=v_head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
+            **dict(zip(("stride_qb", "stride_qs", "stride_qh"), query.stride(), strict=False)),
+            **dict(zip(("stride_kb", "stride_ks", "stride_kh"), key.stride(), strict=False)),
+            **dict(zip(("stride_vb", "stride_vs", "stride_vh"), value.stride(), strict=False)),
+            **dict(zip(("stride_ob", "stride_os", "stride_oh"), out.stride(), strict=False)),
+            **given.dynamic,
+            **given.static,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            LEFT=left != -1,
-            RIGHT=right != -1,
-            PRECISION=precision,
+            FOLD=plain and call.scale > 0,
+            TMA=tma,
             num_warps=num_warps,
             num_stages=num_stages,
         )

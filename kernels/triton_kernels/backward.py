@@ -1,0 +1,578 @@
+"""Attention backward in Triton, after FlashAttention-2 (Dao 2023, algorithm 2), split in kernels without atomics.
+
+    delta    row sums of result times its gradient
+    dkdv     one program per block of keys and key head: visits the queries of its whole group that reach it
+    dq       one program per block of queries and head: visits the keys it reaches
+
+The gradient of an additive mask is in bias.py. Each writes its own tensor once, so the gradients are the same bits every time. Weights are recomputed from the LSE.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewise.domain.config import Config
+
+from ..call import Call
+from .common import features, kept, padded, scores, unit_stride
+from .forward import describable, descriptor, load_tile
+
+
+@triton.jit
+def weights_and_gradient(
+    b_s,  # query @ key.T, or its transpose
+    b_dp,  # grad_out @ value.T, or its transpose
+    b_lse,  # broadcast over the keys, in units of log2; +inf where there is nothing to attend
+    b_delta,  # broadcast over the keys
+    o_row,
+    o_key,
+    p_mask,
+    stride_mq,
+    stride_mk,
+    slope,
+    seed,
+    o_place,
+    scale,
+    softcap,
+    dropout,
+    q_len,
+    kv_len,
+    left,
+    right,
+    BORDER: tl.constexpr,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Return the weights that multiply the values, the gradient of the scores, and that of query @ key.T / scale."""
+    b_s, b_tanh = scores(
+        b_s, o_row, o_key, p_mask, stride_mq, stride_mk, slope, scale, softcap, q_len, kv_len, left, right,
+        MASK, ALIBI, SOFTCAP, BORDER,
+    )  # fmt: skip
+    b_p = tl.exp2(b_s - b_lse)
+    b_dropped = b_p
+    if DROPOUT:
+        m_keep = kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout)
+        b_dropped = tl.where(m_keep, b_p / (1.0 - dropout), 0.0)
+        b_dp = tl.where(m_keep, b_dp / (1.0 - dropout), 0.0)
+    b_ds = b_p * (b_dp - b_delta)
+    b_draw = b_ds
+    if SOFTCAP:
+        b_draw = b_ds * (1.0 - b_tanh * b_tanh)
+    return b_dropped, b_ds, b_draw
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "rows"])
+def delta_rows(
+    out,
+    grad_out,
+    lse,
+    delta,
+    lse2,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    heads,
+    q_len,
+    rows,  # batch * heads * q_len
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """delta = sum(out * grad_out); lse2 = lse in units of log2, +inf for rows with nothing to attend."""
+    o_flat = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_flat = o_flat < rows
+    o_row = o_flat % q_len
+    o_head = o_flat // q_len % heads
+    o_entry = o_flat // q_len // heads
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_tile = m_flat[:, None] & (o_dv < DV)[None, :]
+    p_out = out + (o_entry * stride_ob + o_row * stride_os + o_head * stride_oh)[:, None] + o_dv[None, :]
+    p_grad = grad_out + (o_entry * stride_gb + o_row * stride_gs + o_head * stride_gh)[:, None] + o_dv[None, :]
+    b_out = tl.load(p_out, mask=m_tile, other=0.0).to(tl.float32)
+    b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
+    tl.store(delta + o_flat, tl.sum(b_out * b_grad, 1), mask=m_flat)
+    b_lse = tl.load(lse + o_flat, mask=m_flat, other=0.0)
+    log2e: tl.constexpr = 1.4426950408889634
+    tl.store(lse2 + o_flat, tl.where(b_lse == -float("inf"), float("inf"), b_lse * log2e), mask=m_flat)
+
+
+@triton.jit
+def _visit_queries(
+    b_dk,  # (BLOCK_N, BLOCK_D) float32
+    b_dv,  # (BLOCK_N, BLOCK_DV) float32
+    b_k,
+    b_v,
+    query,
+    grad_out,
+    p_lse,
+    p_delta,
+    entry,
+    head,
+    stride_qs,
+    stride_gs,
+    start,
+    stop,
+    o_key,  # (BLOCK_N, 1)
+    p_mask,
+    stride_mq,
+    stride_mk,
+    slope,
+    seed,
+    o_place,
+    scale,
+    softcap,
+    dropout,
+    q_len,
+    kv_len,
+    left,
+    right,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BORDER: tl.constexpr,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what queries start..stop give to the gradients of one block of keys; tiles are transposed (N, M)."""
+    for first in range(start, stop, BLOCK_M):
+        first = tl.multiple_of(first, BLOCK_M)
+        o_m = first + tl.arange(0, BLOCK_M)
+        b_q = load_tile(query, entry, head, first, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
+        b_lse = tl.load(p_lse + o_m, mask=o_m < q_len, other=float("inf"))
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        b_do = load_tile(grad_out, entry, head, first, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, TMA)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_delta = tl.load(p_delta + o_m, mask=o_m < q_len, other=0.0)
+        b_p, _, b_draw = weights_and_gradient(
+            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_m[None, :], o_key, p_mask, stride_mq, stride_mk, slope,
+            seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT,
+        )  # fmt: skip
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dk = tl.dot(b_draw.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed"])
+def dkdv_kernel(
+    query,
+    key,
+    value,
+    grad_out,
+    lse2,
+    delta,
+    grad_key,
+    grad_value,
+    mask,
+    slopes,
+    seed,
+    scale,
+    softcap,
+    dropout,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ah,
+    heads,
+    q_len,
+    kv_len,
+    left,
+    right,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (batch * kv_heads * blocks of keys). grad_key (B, K, Hkv, D) and grad_value (B, K, Hkv, Dv) are dense."""
+    blocks = tl.cdiv(kv_len, BLOCK_N)
+    kv_heads = heads // GROUP
+    block = tl.program_id(0) % blocks  # the first keys of a causal problem have the most queries, and come first
+    entry = tl.program_id(0) // blocks // kv_heads
+    kv_head = tl.program_id(0) // blocks % kv_heads
+    o_entry = entry.to(tl.int64)
+    o_kv_head = kv_head.to(tl.int64)
+    o_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if TMA:
+        p_k, p_v = key, value
+    else:
+        p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
+        p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
+    b_k = load_tile(p_k, entry, kv_head, block * BLOCK_N, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, True, TMA)
+    b_v = load_tile(p_v, entry, kv_head, block * BLOCK_N, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, True, TMA)
+
+    # queries are visited in [start, stop); of these, [inside_start, inside_stop) reach every key of the block.
+    # Rows beyond q_len weigh nothing (their LSE is +inf), and gradients of keys beyond kv_len are not stored.
+    offset = kv_len - q_len
+    first_row = block * BLOCK_N - offset  # the query on the diagonal of the first key
+    last_row = first_row + BLOCK_N - 1
+    start = 0
+    stop = q_len
+    inside_start = 0
+    inside_stop = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
+    if RIGHT:
+        start = tl.maximum(first_row - right, 0) // BLOCK_M * BLOCK_M
+        inside_start = tl.cdiv(tl.maximum(last_row - right, 0), BLOCK_M) * BLOCK_M
+    if LEFT:
+        stop = tl.minimum(tl.maximum(last_row + left + 1, 0), q_len)
+        inside_stop = tl.maximum(first_row + left + 1, 0) // BLOCK_M * BLOCK_M
+    inside_start = tl.minimum(inside_start, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
+    inside_stop = tl.maximum(tl.minimum(inside_stop, tl.cdiv(stop, BLOCK_M) * BLOCK_M), inside_start)
+
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    o_key = o_n[:, None]
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        o_head = head.to(tl.int64)
+        o_place = o_entry * heads + o_head
+        p_mask = mask + o_entry * stride_mb + o_head * stride_mh if MASK != 0 else mask
+        slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
+        p_lse = lse2 + o_place * q_len
+        p_delta = delta + o_place * q_len
+        if TMA:
+            p_q, p_do = query, grad_out
+        else:
+            p_q = query + o_entry * stride_qb + o_head * stride_qh
+            p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
+        if RIGHT:
+            b_dk, b_dv = _visit_queries(
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, start,
+                inside_start, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
+                q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT,
+                TMA, PRECISION,
+            )  # fmt: skip
+        b_dk, b_dv = _visit_queries(
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, inside_start,
+            inside_stop, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
+            q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, False, MASK, ALIBI, SOFTCAP, DROPOUT,
+            TMA, PRECISION,
+        )  # fmt: skip
+        if LEFT:
+            b_dk, b_dv = _visit_queries(
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, inside_stop,
+                stop, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
+                q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT,
+                TMA, PRECISION,
+            )  # fmt: skip
+
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_row = ((o_entry * kv_len + o_n) * kv_heads + kv_head)[:, None]
+    m_row = (o_n < kv_len)[:, None]
+    p_dk = grad_key + o_row * D + o_d[None, :]
+    p_dv = grad_value + o_row * DV + o_dv[None, :]
+    tl.store(p_dk, (b_dk * scale).to(grad_key.dtype.element_ty), mask=m_row & (o_d < D)[None, :])
+    tl.store(p_dv, b_dv.to(grad_value.dtype.element_ty), mask=m_row & (o_dv < DV)[None, :])
+
+
+@triton.jit
+def _visit_keys(
+    b_dq,  # (BLOCK_M, BLOCK_D) float32
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    key,
+    value,
+    entry,
+    kv_head,
+    stride_ks,
+    stride_vs,
+    start,
+    stop,
+    o_row,  # (BLOCK_M, 1)
+    p_mask,
+    stride_mq,
+    stride_mk,
+    slope,
+    seed,
+    o_place,
+    scale,
+    softcap,
+    dropout,
+    q_len,
+    kv_len,
+    left,
+    right,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BORDER: tl.constexpr,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what keys start..stop give to the gradient of one block of queries."""
+    for first in range(start, stop, BLOCK_N):
+        first = tl.multiple_of(first, BLOCK_N)
+        o_key = (first + tl.arange(0, BLOCK_N))[None, :]
+        b_k = load_tile(key, entry, kv_head, first, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, BORDER, TMA)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_v = load_tile(value, entry, kv_head, first, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        _, _, b_draw = weights_and_gradient(
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row, o_key, p_mask, stride_mq, stride_mk, slope,
+            seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT,
+        )  # fmt: skip
+        b_dq = tl.dot(b_draw.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed"])
+def dq_kernel(
+    query,
+    key,
+    value,
+    grad_out,
+    lse2,
+    delta,
+    grad_query,
+    mask,
+    slopes,
+    seed,
+    scale,
+    softcap,
+    dropout,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ah,
+    heads,
+    q_len,
+    kv_len,
+    left,
+    right,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (batch * heads * blocks of queries). grad_query (B, Q, H, D) is dense. The visits are the forward's."""
+    blocks = tl.cdiv(q_len, BLOCK_M)
+    place = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if RIGHT:
+        block = blocks - 1 - block
+    entry = place // heads
+    head = place % heads
+    kv_head = head // GROUP
+    o_place = place.to(tl.int64)
+    o_entry = entry.to(tl.int64)
+    o_head = head.to(tl.int64)
+    o_kv_head = kv_head.to(tl.int64)
+    o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < q_len
+    p_mask = mask + o_entry * stride_mb + o_head * stride_mh if MASK != 0 else mask
+    slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
+    if TMA:
+        p_q, p_k, p_v, p_do = query, key, value, grad_out
+    else:
+        p_q = query + o_entry * stride_qb + o_head * stride_qh
+        p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
+        p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
+        p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
+    b_q = load_tile(p_q, entry, head, block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
+    b_do = load_tile(p_do, entry, head, block * BLOCK_M, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, TMA)
+    b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=m_m, other=float("inf"))
+    b_delta = tl.load(delta + o_place * q_len + o_m, mask=m_m, other=0.0)
+
+    offset = kv_len - q_len
+    first_diagonal = block * BLOCK_M + offset
+    last_diagonal = first_diagonal + BLOCK_M - 1
+    start = 0
+    stop = kv_len
+    inside_start = 0
+    inside_stop = kv_len
+    if LEFT:
+        start = tl.maximum(first_diagonal - left, 0) // BLOCK_N * BLOCK_N
+        inside_start = tl.cdiv(tl.maximum(last_diagonal - left, 0), BLOCK_N) * BLOCK_N
+    if RIGHT:
+        stop = tl.minimum(tl.maximum(last_diagonal + right + 1, 0), kv_len)
+        inside_stop = tl.minimum(tl.maximum(first_diagonal + right + 1, 0), kv_len)
+    inside_stop = inside_stop // BLOCK_N * BLOCK_N
+    inside_start = tl.minimum(inside_start, stop)
+    inside_stop = tl.maximum(inside_stop, inside_start)
+
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    o_row = o_m[:, None]
+    if LEFT:
+        b_dq = _visit_keys(
+            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, start, inside_start,
+            o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
+            right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+        )  # fmt: skip
+    b_dq = _visit_keys(
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_start, inside_stop,
+        o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
+        right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+    )  # fmt: skip
+    b_dq = _visit_keys(
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_stop, stop,
+        o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
+        right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+    )  # fmt: skip
+    o_d = tl.arange(0, BLOCK_D)
+    p_dq = grad_query + ((o_entry * q_len + o_m) * heads + head)[:, None] * D + o_d[None, :]
+    tl.store(p_dq, (b_dq * scale).to(grad_query.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the backward kernels share: dense gradients, and LSE (in log2) and delta, both (B, H, Q) float32."""
+
+    call: Call
+    grad_out: torch.Tensor
+    lse2: torch.Tensor
+    delta: torch.Tensor
+
+
+def prepare(call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor) -> Prepared:
+    """Compute delta once for all kernels; `lse` is the forward's."""
+    out, grad_out = unit_stride(out), unit_stride(grad_out)
+    batch, q_len, heads, v_head_dim = out.shape
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    rows, block = batch * heads * q_len, 64
+    with torch.cuda.device_of(out):
+        delta_rows[(triton.cdiv(rows, block),)](
+            out,
+            grad_out,
+            lse,
+            delta,
+            lse2,
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
+            heads,
+            q_len,
+            rows,
+            DV=v_head_dim,
+            BLOCK_DV=padded(v_head_dim),
+            BLOCK=block,
+        )
+    return Prepared(call, grad_out, lse2, delta)
+
+
+def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of key and value, in their shapes, dense."""
+    call = prepared.call
+    batch, kv_len, kv_heads, head_dim = call.key.shape
+    grad_key = call.key.new_empty(batch, kv_len, kv_heads, head_dim)
+    grad_value = call.value.new_empty(batch, kv_len, kv_heads, call.value.shape[-1])
+    grid = (triton.cdiv(kv_len, config["block_n"]) * batch * kv_heads,)
+    _launch(dkdv_kernel, grid, prepared, (grad_key, grad_value), config)
+    return grad_key, grad_value
+
+
+def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
+    """Return the gradient of query, in its shape, dense."""
+    call = prepared.call
+    batch, q_len, heads, head_dim = call.query.shape
+    grad_query = call.query.new_empty(batch, q_len, heads, head_dim)
+    grid = (triton.cdiv(q_len, config["block_m"]) * batch * heads,)
+    _launch(dq_kernel, grid, prepared, (grad_query,), config)
+    return grad_query
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int],
+    prepared: Prepared,
+    outputs: tuple[torch.Tensor, ...],
+    config: Config,
+) -> None:
+    call, tma = prepared.call, bool(config["tma"])
+    ready = describable if tma else unit_stride
+    query, key, value, grad_out = (
+        ready(tensor) for tensor in (call.query, call.key, call.value, prepared.grad_out)
+    )
+    tensors: tuple[object, ...] = (query, key, value, grad_out)
+    if tma:
+        rows = (config["block_m"], config["block_n"], config["block_n"], config["block_m"])
+        tensors = tuple(
+            descriptor(tensor, count) for tensor, count in zip((query, key, value, grad_out), rows, strict=True)
+        )
+    given = features(call)
+    with torch.cuda.device_of(query):
+        kernel[grid](
+            *tensors,
+            prepared.lse2,
+            prepared.delta,
+            *outputs,
+            **dict(zip(("stride_qb", "stride_qs", "stride_qh"), query.stride(), strict=False)),
+            **dict(zip(("stride_kb", "stride_ks", "stride_kh"), key.stride(), strict=False)),
+            **dict(zip(("stride_vb", "stride_vs", "stride_vh"), value.stride(), strict=False)),
+            **dict(zip(("stride_gb", "stride_gs", "stride_gh"), grad_out.stride(), strict=False)),
+            **given.dynamic,
+            **given.static,
+            BLOCK_M=config["block_m"],
+            BLOCK_N=config["block_n"],
+            TMA=tma,
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+        )

@@ -1,0 +1,172 @@
+"""What forward and backward share: scores from products, the dropout mask, and the arguments of a launch.
+
+Scores are kept in units of log2, so that every exponential is an exp2. The helpers take row and key indices already
+broadcast to the tile ((M, 1) and (1, N), or (1, M) and (N, 1) for a transposed tile), so one text serves both.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..call import Call
+
+NO_LIMIT = 1 << 30
+NO_MASK, BOOL_MASK, BIAS = 0, 1, 2
+LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def tanh(b_x):
+    """Hyperbolic tangent by one exp2; exact at both ends, where exp2 gives infinity or 0."""
+    return 1.0 - 2.0 / (tl.exp2(b_x * 2.8853900817779268) + 1.0)
+
+
+@triton.jit
+def scores(
+    b_s,  # query @ key.T
+    o_row,
+    o_key,
+    p_mask,  # at row 0, key 0 of this batch entry and head
+    stride_mq,
+    stride_mk,
+    slope,
+    scale,
+    softcap,
+    q_len,
+    kv_len,
+    left,
+    right,
+    MASK: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BORDER: tl.constexpr,
+):
+    """Return scores in log2 units, -inf where masked, and tanh of the capped scores (b_s itself without softcap).
+
+    The order is that of kernels.reference: scale, softcap, ALiBi, mask, window. Tiles inside the window pass
+    BORDER=False and are not compared with it.
+    """
+    log2e: tl.constexpr = 1.4426950408889634
+    b_tanh = b_s
+    if SOFTCAP:
+        b_tanh = tanh(b_s * (scale / softcap))
+        b_s = b_tanh * (softcap * log2e)
+    else:
+        b_s = b_s * (scale * log2e)
+    o_distance = o_key - (o_row + (kv_len - q_len))
+    if ALIBI:
+        b_s -= (slope * log2e) * tl.abs(o_distance).to(tl.float32)
+    if MASK != 0:
+        m_inside = (o_row < q_len) & (o_key < kv_len)
+        p_tile = p_mask + o_row.to(tl.int64) * stride_mq + o_key.to(tl.int64) * stride_mk
+        if MASK == 1:
+            b_s = tl.where(tl.load(p_tile, mask=m_inside, other=0) != 0, b_s, -float("inf"))
+        else:
+            b_s += tl.load(p_tile, mask=m_inside, other=0.0).to(tl.float32) * log2e
+    if BORDER:
+        m_reach = (o_key < kv_len) & (o_distance <= right) & (o_distance >= -left)
+        b_s = tl.where(m_reach, b_s, -float("inf"))
+    return b_s, b_tanh
+
+
+@triton.jit
+def kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout):
+    """Return which weights dropout keeps, from Philox at the weight's own place: the same in every kernel."""
+    o_weight = (o_place * q_len + o_row) * kv_len + o_key
+    return tl.rand(seed, o_weight) >= dropout
+
+
+@triton.jit
+def keep_mask(out, seed, q_len, kv_len, dropout, BLOCK: tl.constexpr):
+    """Write `kept` of all weights (batch * heads, q_len, kv_len). Grid (batch * heads, blocks of a head's weights)."""
+    o_place = tl.program_id(0).to(tl.int64)
+    o_weight = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = q_len.to(tl.int64) * kv_len
+    m_keep = kept(seed, o_place, o_weight // kv_len, o_weight % kv_len, q_len, kv_len, dropout)
+    tl.store(out + o_place * size + o_weight, m_keep, mask=o_weight < size)
+
+
+def dropout_mask(call: Call) -> torch.Tensor:
+    """Return the weights (B, H, Q, K), bool, that the kernels keep for the dropout and seed of `call`."""
+    problem = call.problem
+    size = problem.q_len * problem.kv_len
+    out = torch.empty(
+        problem.batch, problem.heads, problem.q_len, problem.kv_len, dtype=torch.bool, device=call.query.device
+    )
+    grid = (problem.batch * problem.heads, triton.cdiv(size, 1024))
+    with torch.cuda.device_of(out):
+        keep_mask[grid](out, call.seed, problem.q_len, problem.kv_len, call.dropout, BLOCK=1024)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The arguments of a launch that say what is computed, apart from the tensors' own.
+
+    `dynamic` are passed by value; `static` are constexpr and select the code that is compiled.
+    """
+
+    dynamic: dict[str, object]
+    static: dict[str, object]
+
+
+def features(call: Call) -> Features:
+    """Return the arguments for the masks, biases, dropout and window of `call`."""
+    left, right = call.window
+    batch, q_len, heads, head_dim = call.query.shape
+    kv_len, kv_heads, v_head_dim = call.value.shape[1:]
+    mask = call.mask
+    if mask is not None:
+        mask = mask.expand(batch, heads, q_len, kv_len)  # a view: strides of 0 along broadcast dimensions
+        mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
+    slopes = call.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.float().expand(batch, heads)
+    return Features(
+        dynamic={
+            "mask": mask,
+            "slopes": slopes,
+            "seed": call.seed,
+            "scale": call.scale,
+            "softcap": call.softcap,
+            "dropout": call.dropout,
+            "stride_mb": 0 if mask is None else mask.stride(0),
+            "stride_mh": 0 if mask is None else mask.stride(1),
+            "stride_mq": 0 if mask is None else mask.stride(2),
+            "stride_mk": 0 if mask is None else mask.stride(3),
+            "stride_ab": 0 if slopes is None else slopes.stride(0),
+            "stride_ah": 0 if slopes is None else slopes.stride(1),
+            "heads": heads,
+            "q_len": q_len,
+            "kv_len": kv_len,
+            "left": NO_LIMIT if left == -1 else left,
+            "right": NO_LIMIT if right == -1 else right,
+        },
+        static={
+            "GROUP": heads // kv_heads,
+            "D": head_dim,
+            "DV": v_head_dim,
+            "BLOCK_D": padded(head_dim),
+            "BLOCK_DV": padded(v_head_dim),
+            "LEFT": left != -1,
+            "RIGHT": right != -1,
+            "MASK": NO_MASK if mask is None else BOOL_MASK if call.mask_is_bool else BIAS,
+            "ALIBI": slopes is not None,
+            "SOFTCAP": call.softcap > 0,
+            "DROPOUT": call.dropout > 0,
+            "PRECISION": str(call.problem.precision),
+        },
+    )
+
+
+def padded(head_dim: int) -> int:
+    """Return the width of the tile that holds head_dim: tiles are powers of two, and dots take 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` with its last dimension dense, copied only where it is not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
