@@ -32,17 +32,20 @@ def load_tile(
 ):
     """Return rows first..first + BLOCK (BLOCK, BLOCK_COLUMNS), 0 beyond COLUMNS and, where RAGGED, beyond length."""
     if TMA:
-        return tensor.load([entry, first, head, 0]).reshape(BLOCK, BLOCK_COLUMNS)
-    o_row = first + tl.arange(0, BLOCK)
-    o_column = tl.arange(0, BLOCK_COLUMNS)
-    p_tile = tensor + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
-    if RAGGED and COLUMNS != BLOCK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row < length)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
-    if RAGGED:
-        return tl.load(p_tile, mask=(o_row < length)[:, None], other=0.0)
-    if COLUMNS != BLOCK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column < COLUMNS)[None, :], other=0.0)
-    return tl.load(p_tile)
+        b_tile = tensor.load([entry, first, head, 0]).reshape(BLOCK, BLOCK_COLUMNS)
+    else:
+        o_row = first + tl.arange(0, BLOCK)
+        o_column = tl.arange(0, BLOCK_COLUMNS)
+        p_tile = tensor + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
+        if RAGGED and COLUMNS != BLOCK_COLUMNS:
+            b_tile = tl.load(p_tile, mask=(o_row < length)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
+        elif RAGGED:
+            b_tile = tl.load(p_tile, mask=(o_row < length)[:, None], other=0.0)
+        elif COLUMNS != BLOCK_COLUMNS:
+            b_tile = tl.load(p_tile, mask=(o_column < COLUMNS)[None, :], other=0.0)
+        else:
+            b_tile = tl.load(p_tile)
+    return b_tile
 
 
 @triton.jit
