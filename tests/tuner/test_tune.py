@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,16 @@ from tilewise.domain.job import Budget, JobState
 from tilewise.domain.problem import Pass, Problem
 from tilewise.domain.snapshot import Snapshot, path_beside
 from tilewise.domain.trial import Outcome, Trial
+from tilewise.kernels.backends import BACKENDS
 from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
+from tilewise.tuner import timing
 from tilewise.tuner import tune as tuning
 from tilewise.tuner.progress import Progress
 from tilewise.tuner.tune import Verdict, tune
 
 from ..domain.examples import answer as an_answer
-from .fakes import BUDGET, CPU, TINY, register, right
+from .fakes import BUDGET, CPU, TINY, Computes, register, right
 
 KEY = describe(CPU).key
 SDPA = Candidate("sdpa")
@@ -150,15 +153,15 @@ def test_training_is_measured_with_its_gradients(database: Database) -> None:
 
 
 def test_a_second_run_resumes_and_repeats_nothing(database: Database) -> None:
-    tuned(database)
+    tuned(database, budget=dataclasses.replace(BUDGET, trials=6))
     first = measured(database)
-    more = dataclasses.replace(BUDGET, trials=BUDGET.trials + 3, patience=20)
-    verdict = tuned(database, budget=more)
-    assert verdict.resumed == BUDGET.trials
+    assert len(first) == 6
+    verdict = tuned(database)
+    assert verdict.resumed == 6
     assert verdict.previous is not None
     assert verdict.answer.version == 2
     everything = measured(database)
-    assert len(everything) == BUDGET.trials + 3
+    assert len(everything) == BUDGET.trials
     assert everything[: len(first)] == first
     assert len(set(everything)) == len(everything)
 
@@ -243,9 +246,9 @@ def no_kernel(_: Call) -> tuple[torch.Tensor, None]:
     ],
 )
 def test_a_bad_backend_costs_one_trial_and_never_wins(
-    computes: object, outcome: Outcome, message: str, database: Database, monkeypatch: pytest.MonkeyPatch
+    computes: Computes, outcome: Outcome, message: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(monkeypatch, computes)  # type: ignore[arg-type]
+    register(monkeypatch, computes)
     verdict = tuned(database, backends=("fake",))
     (trial,) = [trial for trial in trials(database) if trial.candidate.backend == "fake"]
     assert trial.outcome is outcome
@@ -269,17 +272,15 @@ def test_an_unknown_backend_leaves_nothing_behind(database: Database) -> None:
 
 
 def test_nothing_is_tuned_where_torchs_own_choice_fails(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = register(monkeypatch, broken)
-    monkeypatch.setattr(backend, "name", "sdpa", raising=False)
-    monkeypatch.setitem(tuning.BACKENDS, "sdpa", backend)
-    with pytest.raises(TuningError, match=r"sdpa fails on .* nothing can be compared: .*the kernel is broken"):
-        tuned(database)
+    with monkeypatch.context() as patch:
+        patch.setitem(BACKENDS, "sdpa", register(patch, broken))
+        with pytest.raises(TuningError, match=r"sdpa fails on .* nothing can be compared: .*the kernel is broken"):
+            tuned(database)
     (job,) = jobs(database)
     assert job.job.state is JobState.FAILED
     assert "nothing can be compared" in job.job.message
 
     # what made it fail is gone: a later run does not hold the failure against it
-    monkeypatch.undo()
     assert tuned(database).answer.version == 1
 
 
@@ -289,10 +290,10 @@ class AnswerInBetween(Watcher):
     def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         super().__init__()
         self.finals, self.times = 0, times
-        held = tuning.final
+        held = timing.final
 
-        def final(*arguments: object, **options: object) -> object:
-            result = held(*arguments, **options)  # type: ignore[arg-type]
+        def final(*arguments: Any, **options: Any) -> timing.Final:
+            result = held(*arguments, **options)
             self.finals += 1
             if self.finals <= self.times:
                 with database.write() as session:
