@@ -4,16 +4,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def has_cuda() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
 if not has_cuda():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The tensors here are small: beside other work on the machine, more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
