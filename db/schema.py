@@ -1,5 +1,6 @@
 """Which schema a database has, and bringing it to the one this code knows."""
 
+import functools
 from pathlib import Path
 
 from alembic import command
@@ -14,6 +15,7 @@ from .models import Base
 
 # Its own name: Optuna keeps an `alembic_version` and may share the database.
 VERSION_TABLE = "tilewise_version"
+MIGRATIONS = Path(__file__).with_name("migrations")
 # "tilewise" in ASCII, any constant that is the same in every process.
 _ADVISORY_LOCK = int.from_bytes(b"tilewise")
 
@@ -21,16 +23,20 @@ _ADVISORY_LOCK = int.from_bytes(b"tilewise")
 def config(connection: Connection | None = None) -> Config:
     """Return Alembic's configuration for the migrations shipped in this package; no alembic.ini is needed."""
     made = Config()
-    made.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    made.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     made.attributes.update(connection=connection, metadata=Base.metadata, version_table=VERSION_TABLE)
     return made
 
 
 def head() -> str:
     """Return the revision that this code knows."""
-    found = ScriptDirectory.from_config(config()).get_current_head()
-    assert found is not None, "the package ships without its migrations"
-    return found
+    return _revisions(MIGRATIONS)[0]
+
+
+@functools.cache
+def _revisions(folder: Path) -> tuple[str, ...]:
+    """Return the revisions in `folder`, the newest first."""
+    return tuple(script.revision for script in ScriptDirectory(str(folder)).walk_revisions())
 
 
 def revision(connection: Connection) -> str | None:
@@ -78,8 +84,7 @@ def upgrade(connection: Connection, shown: str) -> None:
 
 
 def _refuse_newer(found: str | None, shown: str) -> None:
-    known = {script.revision for script in ScriptDirectory.from_config(config()).walk_revisions()}
-    if found is not None and found not in known:
+    if found is not None and found not in _revisions(MIGRATIONS):
         raise SchemaVersionError(
             f"{shown} was written by a newer tilewise (revision {found}, this one knows {head()}); upgrade tilewise"
         )

@@ -126,6 +126,7 @@ class Database:
         if self.file is not None:  # an empty file that somebody else made is not in WAL yet
             with contextlib.closing(_connect(self.file)) as plain:
                 plain.execute("PRAGMA journal_mode = WAL")
+            self.close()  # connections from before it believe that the file is not
 
 
 def _engine(url: URL, **options: Any) -> Engine:

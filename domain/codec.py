@@ -28,7 +28,10 @@ def to_json(value: object) -> Json:
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name.rstrip("_"): to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            name.rstrip("_"): to_json(_as_floats(getattr(value, name)) if holds_floats else getattr(value, name))
+            for name, _, holds_floats in _field_types(type(value))
+        }
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     if isinstance(value, Mapping):
@@ -63,9 +66,18 @@ def digest(value: object) -> str:
 
 
 @functools.cache
-def _field_types(kind: type) -> tuple[tuple[str, Any], ...]:
+def _field_types(kind: type) -> tuple[tuple[str, Any, bool], ...]:
+    """Return name, type, and whether it is a float or a tuple of floats, of each field of a dataclass."""
     hints = typing.get_type_hints(kind)
-    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(kind))
+    floats = (float, float | None, tuple[float, float], tuple[float, float] | None)
+    return tuple((field.name, hints[field.name], hints[field.name] in floats) for field in dataclasses.fields(kind))
+
+
+def _as_floats(value: Any) -> Any:
+    """Write 10 in a float field as 10.0, as it will be read back: equal values give equal bytes."""
+    if isinstance(value, tuple):
+        return tuple(float(item) for item in value)
+    return None if value is None else float(value)
 
 
 def _decode(kind: Any, data: Json, where: str) -> Any:
@@ -129,7 +141,7 @@ def _decode_dataclass(kind: Any, data: Json, where: str) -> Any:
         raise ValueError(f"{where}: expected an object, got {data!r}")
     values = {
         name: _decode(hint, data[name.rstrip("_")], f"{where}.{name.rstrip('_')}")
-        for name, hint in _field_types(kind)
+        for name, hint, _ in _field_types(kind)
         if name.rstrip("_") in data
     }
     try:

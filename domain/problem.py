@@ -42,6 +42,7 @@ class Layout(enum.StrEnum):
 
 _SIZES = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
 _MASK = re.compile(r"(none|(bool|bias)(\.(?=.)(b1)?(h1)?(q1)?(k1)?)?)")
+MAX_KEY_LENGTH = 300
 _KEY = re.compile(
     r"(?P<pass_>inference|training)\.(?P<dtype>fp16|bf16|fp32)"
     r"\.b(?P<batch>\d+)\.h(?P<heads>\d+)\.kv(?P<kv_heads>\d+)\.q(?P<q_len>\d+)\.k(?P<kv_len>\d+)\.d(?P<head_dim>\d+)"
@@ -179,9 +180,9 @@ class Problem:
     @classmethod
     def parse(cls, key: str) -> Self:
         """Return the Problem whose `key` this is. Raises ProblemError for anything else."""
-        found = _KEY.fullmatch(key)
+        found = _KEY.fullmatch(key) if len(key) <= MAX_KEY_LENGTH else None
         if found is None:
-            raise ProblemError(f"not a problem key: {key!r}; expected {_GRAMMAR}")
+            raise ProblemError(f"not a problem key: {key[:MAX_KEY_LENGTH]!r}; expected {_GRAMMAR}")
         part = found.groupdict()
         window = None
         if part["left"]:
@@ -236,12 +237,9 @@ class Problem:
         """Number of (query, key) pairs of one head that causality and the window leave."""
         left, right = self.window or (-1, 0 if self.causal else -1)
         offset = self.kv_len - self.q_len
-        total = 0
-        for query in range(self.q_len):
-            first = 0 if left == -1 else max(0, query + offset - left)
-            last = self.kv_len - 1 if right == -1 else min(self.kv_len - 1, query + offset + right)
-            total += max(0, last - first + 1)
-        return total
+        # keys up to the right edge, less those before the left edge
+        total = self.q_len * self.kv_len if right == -1 else _clipped_sum(self.q_len, offset + right + 1, self.kv_len)
+        return total if left == -1 else total - _clipped_sum(self.q_len, offset - left, self.kv_len)
 
     def to_json(self) -> str:
         return self.key
@@ -253,6 +251,14 @@ class Problem:
 
 def _side(text: str) -> int:
     return -1 if text == "inf" else int(text)
+
+
+def _clipped_sum(count: int, first: int, most: int) -> int:
+    """Return the sum of min(max(first + i, 0), most) for i in range(count)."""
+    start = min(count, max(0, -first))  # terms before are 0
+    stop = min(count, max(start, most - first))  # terms from here on are `most`
+    inside = stop - start
+    return inside * (first + start) + inside * (inside - 1) // 2 + (count - stop) * most
 
 
 def _power_of_two(size: int) -> int:

@@ -15,8 +15,9 @@ class FastMultiHeadSelfAttention(nn.Module):
     - embed_dim: width of input and output. num_heads: heads of head_dim each (embed_dim / num_heads by default).
     - causal: each position sees itself and what came before. sliding_window: it sees that many positions at most,
       itself included (to each side where not causal).
-    - kernel_type: "auto" (what was measured to be fastest, torch's own choice where nothing was), "flash", "triton"
-      or "pytorch"; strict: raise where that kernel cannot run, instead of one warning and torch's own choice.
+    - kernel_type: "auto" (what was measured to be fastest, torch's own choice where nothing was), "flash", "triton",
+      "sdpa" (torch's own choice) or "pytorch" (matmul, softmax, matmul); strict: raise where that kernel cannot run,
+      instead of one warning and torch's own choice.
 
     Parameters are named qkv_proj and o_proj. Raises InputError for sizes that do not fit together.
     """

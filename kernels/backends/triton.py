@@ -14,6 +14,7 @@ from ..backend import Backend, unsupported_feature
 from ..call import Call
 
 KERNEL = "triton_forward"
+MAX_REGISTERS = 256  # a thread has 255; one more would spill even if nothing else were held
 
 
 class Triton(Backend):
@@ -71,10 +72,19 @@ def shared_memory(head_dim: int, v_head_dim: int, values: Mapping[str, Value]) -
     return stages * int(values["block_n"]) * (_padded(head_dim) + _padded(v_head_dim)) * 2
 
 
+def registers(v_head_dim: int, values: Mapping[str, Value]) -> int:
+    """Return the 32-bit registers a thread needs for its share of the accumulator and of one tile of scores."""
+    columns = _padded(v_head_dim) + int(values["block_n"])
+    return int(values["block_m"]) * columns // (32 * int(values["num_warps"]))
+
+
 @functools.lru_cache(maxsize=256)
 def _space(head_dim: int, v_head_dim: int, available: int) -> SearchSpace:
     def fits(values: Mapping[str, Value]) -> bool:
         return shared_memory(head_dim, v_head_dim, values) <= available
+
+    def fits_registers(values: Mapping[str, Value]) -> bool:
+        return registers(v_head_dim, values) <= MAX_REGISTERS
 
     def enough_rows(values: Mapping[str, Value]) -> bool:
         return int(values["block_m"]) >= 16 * int(values["num_warps"])
@@ -89,6 +99,7 @@ def _space(head_dim: int, v_head_dim: int, available: int) -> SearchSpace:
         ),
         constraints=(
             Constraint("its tiles of key and value exceed the shared memory of a block", fits),
+            Constraint("accumulator and scores exceed the registers of its threads", fits_registers),
             Constraint("a warp would have fewer than 16 rows of queries", enough_rows),
         ),
         default=_default(head_dim, v_head_dim),

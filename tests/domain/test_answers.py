@@ -31,6 +31,12 @@ def test_an_answer_survives_json() -> None:
     assert codec.from_json(Answer, json.loads(codec.canonical(one))) == one
 
 
+def test_equal_values_have_equal_bytes_whether_a_float_was_written_as_int() -> None:
+    one, other = measurement(10), measurement(10.0)
+    assert codec.canonical(one) == codec.canonical(other)
+    assert Snapshot.loads(Snapshot.of([answer()]).dumps()).id == Snapshot.of([answer()]).id
+
+
 def test_a_trial_survives_json() -> None:
     trial = Trial(
         candidate=TILED,

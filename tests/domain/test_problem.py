@@ -123,6 +123,7 @@ def test_impossible_problems_are_refused(change: dict[str, object], says: str) -
         "inference.fp16.b2.h128.kv5.q2048.k2048.d56",
         "inference.fp16.b٢.h128.kv128.q2048.k2048.d56",
         "inference.fp16.b2.h128.kv128.q2048.k2048.d56.alibi.causal",
+        f"inference.fp16.b{'9' * 5000}.h1.kv1.q1.k1.d1",
     ],
 )
 def test_bad_keys_are_refused_with_what_was_expected(key: str) -> None:

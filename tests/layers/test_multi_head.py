@@ -92,7 +92,7 @@ def test_dtype_and_device_are_those_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_type": "fast"}, "kernel_type: expected one of auto, flash, triton, pytorch, got 'fast'"),
+        ({"kernel_type": "fast"}, "kernel_type: expected one of auto, flash, triton, sdpa, pytorch, got 'fast'"),
         ({"sliding_window": 0}, r"sliding_window: expected at least 1 \(the position itself\), got 0"),
         ({"embed_dim": 30}, "embed_dim must be a multiple of num_heads, got 30 and 4"),
         ({"num_heads": 0}, "num_heads: expected at least 1, got 0"),
@@ -112,7 +112,8 @@ def test_inputs_that_do_not_fit(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel_type", "backend"), [("auto", "sdpa"), ("pytorch", "plain"), ("flash", "sdpa"), ("triton", "sdpa")]
+    ("kernel_type", "backend"),
+    [("auto", "sdpa"), ("sdpa", "sdpa"), ("pytorch", "plain"), ("flash", "sdpa"), ("triton", "sdpa")],
 )
 def test_kernel_types(kernel_type: str, backend: str, ran: Ran, caplog: pytest.LogCaptureFixture) -> None:
     layer = layer_of(kernel_type=kernel_type)

@@ -1,0 +1,57 @@
+# make demo    tune two problems on this machine, serve them, and run a layer with the answers
+# make test    every test
+# make check   what a change must pass: format, lint, types, tests
+# The first use makes .venv with the tested set; later ones need no network.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+LOCK_SUM := $(shell cksum < requirements/lock.txt | cut -d' ' -f1)
+HERE_SUM := $(shell pwd | cksum | cut -d' ' -f1)
+PACKAGES := .venv/.packages-$(LOCK_SUM)
+INSTALLED := .venv/.installed-$(LOCK_SUM)-$(HERE_SUM)
+TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements/lock.txt)
+
+.PHONY: install demo test test-gpu check format lock clean
+
+install: $(INSTALLED)
+
+$(PACKAGES): requirements/lock.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tilewise needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/lock.txt
+	@rm -f .venv/.packages-*; touch $@
+
+# Installed from the folder as it is now, so again when the folder moved; needs no network.
+$(INSTALLED): $(PACKAGES) pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable .
+	@rm -f .venv/.installed-*; touch $@
+
+demo: $(INSTALLED)
+	$(PY) examples/demo.py
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+test-gpu: $(INSTALLED)
+	$(PY) -m pytest -m gpu
+
+check: $(INSTALLED)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m mypy tests examples
+	$(PY) -m pytest
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Writes the versions of the environment at hand into the lock file.
+lock: $(INSTALLED)
+	@head -1 requirements/lock.txt > .venv/lock.txt
+	@$(PY) -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' >> .venv/lock.txt
+	@mv .venv/lock.txt requirements/lock.txt
+
+clean:
+	rm -rf .venv .demo build dist

@@ -1,0 +1,138 @@
+"""Answers in words and figures for the dashboard."""
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from tilewise.db.answers import ListedAnswer
+from tilewise.domain.config import Candidate, Plan
+from tilewise.domain.problem import Pass, Precision, Problem
+
+NOTHING = "\N{EN DASH}"
+FULL_BAR = 4.0  # a speed-up that fills its bar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One candidate of a plan: what it is for (empty if for everything), its backend, its configs in one line each."""
+
+    role: str
+    backend: str
+    configs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table, every figure ready to be shown."""
+
+    title: str
+    sizes: str
+    problem_key: str
+    device_key: str
+    parts: tuple[Part, ...]
+    expected: str
+    interval: str
+    baseline: str
+    speedup: str
+    faster: bool
+    bar: int
+    tflops: str
+    trials: str
+    failed: int
+    measured: str
+    measured_iso: str
+    version: int
+
+
+def row(listed: ListedAnswer) -> Row:
+    """Return what the table shows of an answer."""
+    answer, evidence = listed.answer, listed.answer.evidence
+    speedup = answer.speedup
+    measured = evidence.measured if evidence else listed.updated
+    return Row(
+        title=title(answer.problem),
+        sizes=sizes(answer.problem),
+        problem_key=answer.problem.key,
+        device_key=answer.device_key,
+        parts=_parts(answer.plan),
+        expected=figure(answer.expected_ms),
+        interval="" if answer.interval is None else " to ".join(figure(side) for side in answer.interval),
+        baseline=figure(answer.baseline_ms),
+        speedup=NOTHING if speedup is None else f"{speedup:.2f}\N{MULTIPLICATION SIGN}",
+        faster=speedup is not None and speedup >= 1.005,
+        bar=0 if speedup is None else round(100 * min(max(speedup, 0) / FULL_BAR, 1)),
+        tflops=figure(_tflops(answer.problem, listed.forward_flops, answer.expected_ms)),
+        trials=f"{evidence.trials:,}" if evidence else NOTHING,
+        failed=evidence.failed if evidence else 0,
+        measured=_moment(measured),
+        measured_iso=measured.astimezone(UTC).isoformat(timespec="seconds"),
+        version=answer.version,
+    )
+
+
+def title(problem: Problem) -> str:
+    """Return what kind of attention it is: `Causal GQA, window 256, fp16 inference`."""
+    if problem.kv_heads == problem.heads:
+        kind = "multi-head" if problem.head_dim == problem.v_head_dim else "latent (MLA)"
+    else:
+        kind = "multi-query" if problem.kv_heads == 1 else "grouped-query"
+    words = [f"causal {kind}" if problem.causal else kind]
+    if problem.window is not None:
+        left, right = ("all" if side == -1 else f"{side:,}" for side in problem.window)
+        words.append(f"window {left}" if problem.causal else f"window {left} back, {right} ahead")
+    if problem.mask != "none":
+        kind, _, broadcast = problem.mask.partition(".")
+        words.append(("additive bias" if kind == "bias" else "bool mask") + (f" ({broadcast})" if broadcast else ""))
+    words += [name for name in ("dropout", "softcap", "varlen", "deterministic") if getattr(problem, name)]
+    words += [name for name, on in (("bias gradient", problem.bias_grad), ("ALiBi", problem.alibi)) if on]
+    if problem.page_size:
+        words.append(f"pages of {problem.page_size:,}")
+    dtype = "tf32" if problem.precision is Precision.TF32 else problem.dtype
+    text = ", ".join([*words, f"{dtype} {problem.pass_}"])
+    return text[0].upper() + text[1:]
+
+
+def sizes(problem: Problem) -> str:
+    """Return the sizes in words: `batch 1, 64/8 heads, 4,096 tokens, head_dim 128`."""
+    heads = f"{problem.heads:,}" if problem.heads == problem.kv_heads else f"{problem.heads:,}/{problem.kv_heads:,}"
+    tokens = f"{problem.q_len:,} tokens"
+    if problem.q_len != problem.kv_len:
+        tokens = f"{problem.q_len:,} on {problem.kv_len:,} tokens"
+    dim = str(problem.head_dim)
+    if problem.head_dim != problem.v_head_dim:
+        dim = f"{problem.head_dim}/{problem.v_head_dim}"
+    return f"batch {problem.batch:,}, {heads} heads, {tokens}, head_dim {dim}"
+
+
+def figure(value: float | None) -> str:
+    """Return `value` with three significant digits and no exponent; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.3g}")  # 9.996 has its digits as 10.0 has
+    digits = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{value:,.{digits}f}"
+
+
+def _tflops(problem: Problem, forward_flops: float, expected_ms: float | None) -> float | None:
+    # What a training step counts is a convention; only the forward's operations are beyond dispute.
+    if problem.pass_ is not Pass.INFERENCE or not expected_ms:
+        return None
+    return forward_flops / expected_ms / 1e9
+
+
+def _parts(plan: Plan) -> tuple[Part, ...]:
+    if plan.backward is None:
+        return (_part("", plan.forward),)
+    return _part("forward", plan.forward), _part("backward", plan.backward)
+
+
+def _part(role: str, candidate: Candidate) -> Part:
+    several = len(candidate.configs) > 1
+    configs = tuple(f"{name}: {config}" if several else str(config) for name, config in candidate.configs)
+    return Part(role=role, backend=candidate.backend, configs=configs)
+
+
+def _moment(when: datetime) -> str:
+    return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,111 @@
+"""Every error as RFC 9457 problem+json with a stable `type`; one function renders them all."""
+
+import http
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from tilewise.domain.errors import DatabaseError, DeviceError, ProblemError, TilewiseError
+
+from .security import HEADERS
+
+MEDIA_TYPE = "application/problem+json"
+_log = logging.getLogger("tilewise.api")
+
+
+class ProblemDetails(BaseModel):
+    """What went wrong (RFC 9457). Programs branch on `type`; `detail` is for people."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "type": "urn:tilewise:error:invalid-parameter",
+                "title": "A parameter does not make sense",
+                "status": 422,
+                "detail": "heads must be a multiple of kv_heads, got heads=8 and kv_heads=3; use a kv_heads that ...",
+                "field": "problem_key",
+            }
+        }
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    field: str | None = Field(default=None, description="The parameter that does not make sense.")
+
+
+class ParameterError(TilewiseError):
+    """A parameter of a request that does not make sense; `field` is its name."""
+
+    def __init__(self, field: str, detail: str) -> None:
+        super().__init__(detail)
+        self.field = field
+
+
+_TITLES = {
+    "invalid-parameter": "A parameter does not make sense",
+    "database-unavailable": "The database cannot be used",
+    "internal-error": "The service made a mistake",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error, its own mistakes included, as problem+json."""
+    for kind in (TilewiseError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, render)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of the errors that a route may answer with."""
+    return {status: {"model": ProblemDetails, "description": http.HTTPStatus(status).phrase} for status in statuses}
+
+
+def describe(document: dict[str, Any]) -> dict[str, Any]:
+    """Give the errors in an OpenAPI document their media type: FastAPI knows only one for all answers of a route."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                if int(status) >= 400 and "application/json" in response["content"]:
+                    response["content"] = {MEDIA_TYPE: response["content"]["application/json"]}
+    return document
+
+
+async def render(_request: Request, error: Exception) -> JSONResponse:
+    """Return the response that tells of `error`."""
+    status, name, detail, field = _describe(error)
+    document: dict[str, object] = {
+        "type": f"urn:tilewise:error:{name}",
+        "title": _TITLES.get(name) or http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+    }
+    if field is not None:
+        document["field"] = field
+    # A mistake of ours is answered outside of the middleware that adds these to everything else.
+    headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
+    return JSONResponse(document, status_code=status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def _describe(error: Exception) -> tuple[int, str, str, str | None]:
+    match error:
+        case ParameterError():
+            return 422, "invalid-parameter", str(error), error.field
+        case ProblemError() | DeviceError():
+            return 422, "invalid-parameter", str(error), None
+        case RequestValidationError():
+            first = error.errors()[0]
+            return 422, "invalid-parameter", first["msg"], ".".join(str(part) for part in first["loc"][1:]) or None
+        case DatabaseError():
+            _log.error("%s", error)
+            # The message names hosts and files: for the log, not for whoever asks.
+            return 503, "database-unavailable", "the service cannot use its database; its log says why", None
+        case HTTPException():
+            phrase = http.HTTPStatus(error.status_code).phrase
+            return error.status_code, phrase.lower().replace(" ", "-"), error.detail, None
+    return 500, "internal-error", "the service's log says more", None

@@ -1,0 +1,121 @@
+"""tilewise tune."""
+
+import dataclasses
+import enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..console import err, out, print_json, print_table
+from ..options import AsJson, Db, DeviceName, database_url
+
+if TYPE_CHECKING:
+    from tilewise.domain.job import Budget
+    from tilewise.domain.problem import Problem
+
+
+class BudgetName(enum.StrEnum):
+    QUICK = "quick"
+    NORMAL = "normal"
+    FULL = "full"
+
+
+class PassName(enum.StrEnum):
+    INFERENCE = "inference"
+    TRAINING = "training"
+
+
+def tune(
+    model: Annotated[list[str] | None, typer.Option(help="Model whose attention to tune; may be repeated.")] = None,
+    problem: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Problem key; may be repeated.")] = None,
+    pass_: Annotated[PassName, typer.Option("--pass", help="With --model: which pass.")] = PassName.INFERENCE,
+    dtype: Annotated[str, typer.Option(help="With --model: fp16, bf16 or fp32.")] = "fp16",
+    causal: Annotated[bool, typer.Option("--causal/--full", help="With --model: which mask.")] = True,
+    device: DeviceName = "auto",
+    budget: Annotated[BudgetName, typer.Option(help="How much to search.")] = BudgetName.NORMAL,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials at most, instead of the budget's.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Seconds of search, instead of the budget's.")] = None,
+    backends: Annotated[str, typer.Option(help="Only these, comma-separated, beside torch's own choice.")] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from trials of an earlier run.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs and of the search.")] = 0,
+    db: Db = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find and keep the fastest way to compute attention here; trials of an interrupted run are taken over."""
+    problems = _problems(model or [], problem or [], pass_, dtype, causal)
+    limits = _budget(budget, trials, seconds)
+    from ..torch import need_torch
+
+    need_torch()
+    from tilewise.db.session import Database
+    from tilewise.kernels import device as devices
+    from tilewise.tuner.tune import tune as run
+
+    from ..progress import watching
+    from ..verdicts import COLUMNS, row
+
+    where = devices.select(device)
+    verdicts = []
+    with Database.open(database_url(db), upgrade=True) as database:
+        for number, wanted in enumerate(problems, 1):
+            with watching(f"[{number}/{len(problems)}] {wanted.key}") as report:
+                try:
+                    verdict = run(
+                        wanted,
+                        device=where,
+                        database=database,
+                        budget=limits,
+                        backends=[name.strip() for name in backends.split(",") if name.strip()],
+                        fresh=fresh,
+                        seed=seed,
+                        report=report,
+                    )
+                except KeyboardInterrupt:
+                    report.stop()
+                    err.print(
+                        f"interrupted: {report.trials} finished trials of {wanted.key} are kept in {database.url}; "
+                        "the same command goes on from there",
+                        markup=False,
+                    )
+                    raise typer.Exit(1) from None
+            verdicts.append(verdict)
+            if not as_json and verdict.answer.evidence is not None:
+                out.print(f"{wanted.key}: {verdict.answer.evidence.reason}", markup=False)
+    if as_json:
+        described = devices.describe(where)
+        print_json(
+            {
+                "device": described,
+                "device_key": described.key,
+                "software": devices.software(described.kind),
+                "budget": limits,
+                "answers": [verdict.answer for verdict in verdicts],
+            }
+        )
+    else:
+        print_table("", COLUMNS, [row(verdict.answer) for verdict in verdicts])
+
+
+def _problems(models: list[str], keys: list[str], pass_: PassName, dtype: str, causal: bool) -> "list[Problem]":
+    from tilewise.domain.errors import SettingsError
+    from tilewise.domain.models import model_named
+    from tilewise.domain.problem import Dtype, Pass, Problem
+
+    if dtype not in list(Dtype):
+        raise SettingsError(f"--dtype: expected one of {', '.join(Dtype)}, got {dtype!r}")
+    problems = [model_named(name).problem(pass_=Pass(pass_), dtype=Dtype(dtype), causal=causal) for name in models]
+    problems += [Problem.parse(key) for key in keys]
+    if not problems:
+        raise SettingsError("nothing to tune: give --model NAME or --problem KEY")
+    return problems
+
+
+def _budget(name: BudgetName, trials: int | None, seconds: float | None) -> "Budget":
+    from tilewise.domain.job import BUDGETS
+
+    limits = BUDGETS[name]
+    if trials is not None:
+        limits = dataclasses.replace(limits, trials=trials, patience=max(limits.patience, trials))
+    if seconds is not None:
+        limits = dataclasses.replace(limits, seconds=seconds)
+    return limits

@@ -1,0 +1,63 @@
+"""tilewise: the command line.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage (an argument that cannot be).
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tilewise import __version__
+from tilewise.domain.errors import ConfigError, ProblemError, SettingsError, TilewiseError
+
+from .commands import answer, database, doctor, serve, show, tune
+from .console import err, out
+
+USAGE_ERRORS = (ProblemError, SettingsError, ConfigError)
+
+app = typer.Typer(
+    name="tilewise",
+    help="Which attention kernel, with which tile sizes, is fastest here? Measured once, kept, and told to every job.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"tilewise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+app.command("doctor")(doctor.doctor)
+app.command("tune")(tune.tune)
+app.command("answer")(answer.answer)
+app.command("show")(show.show)
+app.command("serve")(serve.serve)
+app.add_typer(database.app, name="db")
+
+
+def main() -> None:
+    """Run the command line: an expected error is one line on stderr and an exit code, never a traceback."""
+    try:
+        app()
+    except TilewiseError as error:
+        err.print(f"tilewise: {error}", markup=False)
+        sys.exit(2 if isinstance(error, USAGE_ERRORS) else 1)
+    except KeyboardInterrupt:
+        err.print("tilewise: interrupted")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

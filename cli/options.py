@@ -1,0 +1,30 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Db = Annotated[
+    str | None,
+    typer.Option("--db", metavar="URL", envvar="TILEWISE_DB", help="Database; by default SQLite in the data folder."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+def database_url(given: str | None) -> str:
+    """Return the database to use; makes the data folder of the default one."""
+    from tilewise.client import paths
+    from tilewise.domain.errors import DatabaseError
+
+    if given is not None:
+        return given
+    folder = paths.data_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseError(
+            f"cannot make the data folder {folder} ({error.strerror}); name a database with --db, or a folder that "
+            "can be written in TILEWISE_HOME"
+        ) from error
+    return paths.default_database_url()
