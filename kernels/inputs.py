@@ -13,7 +13,8 @@ SOFTCAP = 30.0
 def random_call(problem: Problem, device: torch.device, *, seed: int) -> Call:
     """Return a Call for `problem` with standard normal tensors, the same for the same seed and device.
 
-    A bool mask leaves 4 of 5 pairs and masks every eighth row of queries wholly; slopes are those of the ALiBi paper
+    A bool mask leaves 4 of 5 pairs, masks every eighth row of queries wholly and the first half of the keys for
+    another; slopes are those of the ALiBi paper
     (Press et al. 2022, section 3); softcap is 30. Raises UnsupportedError for paged and varlen problems.
     """
     if problem.varlen or problem.page_size:
@@ -49,6 +50,7 @@ def _mask(problem: Problem, generator: torch.Generator, device: torch.device) ->
         return torch.randn(shape, generator=generator, device=device, dtype=TORCH_DTYPES[problem.dtype])
     mask = torch.rand(shape, generator=generator, device=device) < 0.8
     mask[:, :, 7::8] = False
+    mask[:, :, 3::8, : shape[3] // 2] = False
     return mask
 
 

@@ -1,5 +1,7 @@
 """The slow, readable reference that every kernel is compared with."""
 
+from dataclasses import replace
+
 import torch
 
 from .call import Call, allowed
@@ -31,29 +33,26 @@ def attention(
         return torch.cat(outs), torch.cat(lses)
 
 
-def gradients(
-    call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gradients(call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """Return the gradients of query, key and value in `dtype` for the result's gradient (B, Q, H, Dv).
 
-    Like `attention`, one batch entry and one key head at a time.
+    With `bias_grad` the mask's is the fourth. Like `attention`, one batch entry and one key head at a time.
     """
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (call.query, call.key, call.value)]
     batch, _, heads, _ = call.query.shape
     kv_heads = call.key.shape[2]
     group = heads // kv_heads
     detached = call.with_tensors(*leaves)
+    if call.problem.bias_grad and call.mask is not None:
+        leaves.append(call.mask.detach().to(dtype).requires_grad_())
+        detached = replace(detached, mask=leaves[-1])
     with torch.enable_grad():
         for b in range(batch):
             for h in range(kv_heads):
                 which = slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1)
                 out, _ = softmax_attention(detached, *which, dtype)
                 out.backward(grad_out[b : b + 1, :, which[1]].to(dtype))
-    query, key, value = (leaf.grad for leaf in leaves)
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    return query, key, value
+    return tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 
 def softmax_attention(

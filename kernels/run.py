@@ -23,6 +23,10 @@ def run(call: Call, candidate: Candidate) -> Result:
     recomputes through torch (`domain.matching.default_candidate`), from the saved query, key and value. The LSE is
     not differentiable.
     """
+    kind = call.query.device.type
+    if torch.is_autocast_enabled(kind):  # the tensors have their dtypes: what is computed is what the problem says
+        with torch.autocast(kind, enabled=False):
+            return run(call, candidate)
     backend = backend_named(candidate.backend)
     config = candidate.config()
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
@@ -61,7 +65,7 @@ class _Recomputed(torch.autograd.Function):
             tensor.detach().requires_grad_(needs) for tensor, needs in zip(saved, ctx.needs_input_grad, strict=False)
         ]
         call = Call(ctx.problem, query, key, value, ctx.scale, mask, slopes, ctx.softcap)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
             out, _ = backend_named(default_candidate(ctx.problem).backend).forward(call, None)
         needed = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(torch.autograd.grad(out, needed, grad_out))

@@ -1,20 +1,17 @@
 """tilewise.attention: scaled dot-product attention by the fastest known way on this device."""
 
-import logging
+import math
 from collections.abc import Hashable
 
 import torch
 
 from tilewise.domain.errors import InputError
-from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Dtype, Layout, Pass, Precision, Problem
 from tilewise.kernels.call import DTYPES, Call, check_mask, check_tensors, mask_pattern
 from tilewise.kernels.run import Result, run
 
 from . import session
-from .resolve import Resolved, resolve
-
-log = logging.getLogger("tilewise")
+from .resolve import Resolved, demote, resolve
 
 MEMO_LIMIT = 65_536
 _resolved: dict[Hashable, Resolved] = {}
@@ -55,14 +52,21 @@ def attention(
     Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
     and with strict=True UnsupportedError and whatever the backend raises.
     """
+    # checked here: what follows takes them for granted, and the memo keeps only whether there is a softcap
+    if not 0 <= softcap < math.inf:
+        raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
+    if window is not None and type(window) is not tuple:
+        raise InputError(f"window: expected a tuple (left, right), got {window!r}")
     swap = layout == "bhsd"
     if swap:
+        if not query.dim() == key.dim() == value.dim() == 4:
+            check_tensors(query, key, value)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     learns = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
     )
     mask_key = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
-    slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.device)
+    slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.device)
     memo_key = (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
         value.device, causal, window, mask_key, slopes_key, softcap > 0, layout, return_lse, precision, backend,
@@ -70,7 +74,7 @@ def attention(
     )  # fmt: skip
     resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
     if resolved is None:
-        _check(query, key, value, mask, alibi_slopes, softcap, layout, precision)
+        _check(query, key, value, window, mask, alibi_slopes, layout, precision)
         problem = _problem(
             query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, layout, precision, learns
         )
@@ -101,12 +105,10 @@ def _run(call: Call, resolved: Resolved, *, strict: bool) -> Result:
     except torch.OutOfMemoryError:
         raise  # the caller's to handle: another backend would need as much
     except Exception as error:  # a plan that fails here must not stop a training step
-        default = default_candidate(call.problem)
-        if strict or resolved.candidate == default:
+        if strict or resolved.candidate == resolved.fallback:
             raise
-        log.warning("%s failed on %s, torch's own choice runs instead: %s", resolved.candidate, call.problem.key, error)
-        resolved.candidate = default
-        return run(call, default)
+        demote(resolved, call.query.device, error)
+        return run(call, resolved.fallback)
 
 
 def _remember(memo_key: Hashable, resolved: Resolved) -> None:
@@ -121,9 +123,9 @@ def _check(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    window: tuple[int, int] | None,
     mask: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
-    softcap: float,
     layout: str,
     precision: str,
 ) -> None:
@@ -131,15 +133,22 @@ def _check(
         raise InputError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     if precision not in list(Precision):
         raise InputError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
-    if softcap < 0:
-        raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
+    if window is not None and (len(window) != 2 or not all(type(side) is int and side >= -1 for side in window)):
+        raise InputError(f"window: expected (left, right), each -1 (unbounded) or at least 0, got {window!r}")
     check_tensors(query, key, value)
     if mask is not None:
         check_mask(mask, query, key)
+    if alibi_slopes is None:
+        return
     batch, heads = query.shape[0], query.shape[2]
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+    if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
         raise InputError(
             f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
+        )
+    if not alibi_slopes.is_floating_point() or alibi_slopes.device != query.device:
+        raise InputError(
+            f"alibi_slopes: expected floating point on {query.device} like query, "
+            f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
         )
 
 

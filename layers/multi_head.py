@@ -37,6 +37,9 @@ class FastMultiHeadSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("head_dim", head_dim)):
+            if size is not None and size < 1:
+                raise InputError(f"{name}: expected at least 1, got {size}")
         if head_dim is None and embed_dim % num_heads:
             raise InputError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if kernel_type not in KERNEL_TYPES:

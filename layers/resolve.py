@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from tilewise.domain.answer import Answer
-from tilewise.domain.config import Candidate
-from tilewise.domain.errors import ConfigError, UnsupportedError
-from tilewise.domain.matching import default_candidate
+from tilewise.domain.config import Candidate, Config
+from tilewise.domain.device import Device
+from tilewise.domain.errors import ConfigError, DeviceError, SettingsError, UnsupportedError
+from tilewise.domain.matching import PLAIN, default_candidate
 from tilewise.domain.problem import Problem
+from tilewise.domain.space import SearchSpace
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import BACKENDS, backend_named
 
@@ -20,13 +22,18 @@ log = logging.getLogger("tilewise")
 # What a layer's kernel_type means; "flash" is torch's own flash path until a flash_attn package is a backend.
 KERNEL_TYPES = {"auto": "auto", "flash": "sdpa_flash", "triton": "triton", "sdpa": "sdpa", "pytorch": "plain"}
 
+# What failed here when it ran, for the life of the process: a growing cache must not fail, and warn, at every length.
+_demoted: set[tuple[torch.device, Candidate, Problem]] = set()
+_warned: set[str] = set()
+
 
 @dataclass(slots=True)
 class Resolved:
-    """What runs for one problem. `candidate` changes only when it fails and is demoted to torch's own choice."""
+    """What runs for one problem: `candidate`, and once that failed `fallback`, torch's own choice."""
 
     problem: Problem
     candidate: Candidate
+    fallback: Candidate
 
 
 def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse: bool, strict: bool) -> Resolved:
@@ -34,48 +41,83 @@ def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse:
 
     A plan or backend that cannot run here gives torch's own choice and one warning, or raises with `strict`.
     """
-    answer = session.client_for(device).answer(problem)
-    if backend == "auto":
-        candidate = answer.plan.forward
-    else:
-        candidate = _of_backend(answer, backend)
-    reason = _why_not(candidate, problem, device)
-    if reason is not None:
-        message = f"{candidate} cannot run {problem.key} on {devices.describe(device).key}: {reason}"
+    # torch's own choice keeps the LSE to itself; its plain form gives it
+    fallback = PLAIN if return_lse else default_candidate(problem)
+    if backend != "auto":
+        backend_named(backend)
+    try:
+        described = devices.describe(device)
+        answer = session.client_for(device).answer(problem)
+    except (DeviceError, SettingsError) as error:  # no device to ask about, or no client to ask
         if strict:
-            raise UnsupportedError(f"{message}; leave out strict=True to run torch's own choice")
-        log.warning("%s; torch's own choice runs instead", message)
+            raise
+        _warn(f"{error}; torch's own choice runs instead")
+        return Resolved(problem, fallback, fallback)
+    candidate = answer.plan.forward if backend == "auto" else _of_backend(answer, backend)
+    reason = _why_not(candidate, problem, described, return_lse=return_lse and backend != "auto")
+    if reason is not None:
+        if strict:
+            raise UnsupportedError(
+                f"{candidate} cannot run {problem.key} on {described.key}: {reason}; "
+                "leave out strict=True to run torch's own choice"
+            )
+        _warn(f"{candidate} cannot run {problem.key} on {described.key}: {reason}; torch's own choice runs instead")
         candidate = default_candidate(problem)
     if return_lse and not backend_named(candidate.backend).gives_lse:
-        candidate = _with_lse(problem, device)
-    return Resolved(problem, candidate)
+        candidate = _with_lse(problem, described)
+    if not strict and (device, candidate, problem.bucket()) in _demoted:
+        candidate = fallback
+    return Resolved(problem, candidate, fallback)
+
+
+def demote(resolved: Resolved, device: torch.device, error: Exception) -> None:
+    """Let `fallback` run from now on, here and for all problems of the same bucket, because of `error`."""
+    log.warning("%s failed on %s, torch's own choice runs instead: %s", resolved.candidate, resolved.problem.key, error)
+    _demoted.add((device, resolved.candidate, resolved.problem.bucket()))
+    resolved.candidate = resolved.fallback
+
+
+def forget() -> None:
+    """Forget what failed and what was warned of; for tests."""
+    _demoted.clear()
+    _warned.clear()
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        log.warning("%s", message)
 
 
 def _of_backend(answer: Answer, backend: str) -> Candidate:
     """Return the best known config of `backend`: the answer's own, else the best of its final, else the default."""
-    backend_named(backend)
     finalists = answer.evidence.finalists if answer.evidence else ()
     known = [answer.plan.forward, *(finalist.candidate for finalist in finalists)]
     return next((candidate for candidate in known if candidate.backend == backend), Candidate(backend))
 
 
-def _why_not(candidate: Candidate, problem: Problem, device: torch.device) -> str | None:
-    described = devices.describe(device)
+def _why_not(candidate: Candidate, problem: Problem, device: Device, *, return_lse: bool) -> str | None:
     try:
         backend = backend_named(candidate.backend)
     except ConfigError as error:
         return str(error)
-    reason = backend.supports(problem, described)
+    if return_lse and not backend.gives_lse:
+        return "it does not return the LSE"
+    reason = backend.supports(problem, device)
     config = candidate.config()
     if reason is not None or config is None:
         return reason
-    space = backend.space(problem, described)
+    # an answer may have been measured for the bucket, whose longer lengths allow larger tiles
+    reasons = [_outside(backend.space(size, device), config) for size in (problem, problem.bucket())]
+    return None if None in reasons else reasons[0]
+
+
+def _outside(space: SearchSpace | None, config: Config) -> str | None:
     return "it has no parameters" if space is None else space.why_not(config)
 
 
-def _with_lse(problem: Problem, device: torch.device) -> Candidate:
-    described = devices.describe(device)
+def _with_lse(problem: Problem, device: Device) -> Candidate:
     for backend in BACKENDS.values():
-        if backend.gives_lse and backend.supports(problem, described) is None:
+        if backend.gives_lse and backend.supports(problem, device) is None:
             return Candidate(backend.name)
     raise UnsupportedError(f"no backend returns the LSE for {problem.key}; call without return_lse")

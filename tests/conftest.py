@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tilewise.db.session import Database
 
 
 def has_cuda() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
 if not has_cuda():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The tensors here are small: beside other work on the machine, more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

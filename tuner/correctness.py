@@ -17,9 +17,10 @@ from tilewise.kernels.backends import backend_named
 from tilewise.kernels.call import Call
 from tilewise.kernels.inputs import random_call
 
-from .steps import results
+from .steps import GRADIENTS, results
 
-ODD_LENGTH, RAGGED_KV_LEN = 211, 173
+RAGGED_Q_LEN, RAGGED_KV_LEN = 211, 173
+HOPELESS = 1e30  # times the bound; not infinity, which JSON does not have and the database refuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +32,17 @@ class Bound:
     rms_error: float
 
     def share(self, tensor: torch.Tensor) -> float:
-        """Return the errors of `tensor` as a share of the allowed ones; infinite for NaN or a misplaced infinity."""
+        """Return the errors of `tensor` as a share of the allowed ones; HOPELESS for NaN or a misplaced infinity."""
         if tensor.shape != self.reference.shape:
-            return float("inf")
+            return HOPELESS
         finite = self.reference.isfinite()
-        if not torch.equal(tensor.isfinite(), finite):
-            return float("inf")
-        difference = (tensor.double() - self.reference).masked_fill(~finite, 0)
-        return max(
-            float(difference.abs().max()) / self.max_error, float(difference.square().mean().sqrt()) / self.rms_error
-        )
+        found = tensor.double()
+        # where the reference is -inf nothing else will do: neither +inf nor NaN, which are not finite either
+        if not (torch.equal(found.isfinite(), finite) and torch.equal(found[~finite], self.reference[~finite])):
+            return HOPELESS
+        difference = (found - self.reference).masked_fill(~finite, 0)
+        largest, rms = float(difference.abs().max()), float(difference.square().mean().sqrt())
+        return min(max(largest / self.max_error, rms / self.rms_error), HOPELESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +56,17 @@ class Case:
 class Checker:
     """Fresh random inputs of one seed, their float64 results, and the errors a candidate may have.
 
-    Three cases: the problem itself, a small square one of the same kind whose length divides by nothing, and one with
-    more queries than keys, whose first rows have nothing to attend where the problem is causal or has a window. A
-    backend is not asked for a case that it says it does not support. The bound per tensor: RMS and maximum
+    The cases are the problem itself and small ones of the same kind: lengths that divide by nothing, and, where the
+    problem is causal or has a window, first rows that have nothing to attend. The bound per tensor: RMS and maximum
     error at most twice those of matmul, softmax, matmul in the input dtype, plus a floor of two units in the last
-    place of max|reference| (one of its RMS).
+    place of max|reference| (one of its RMS) and four of float32.
     """
 
     def __init__(self, problem: Problem, device: torch.device, *, seed: int) -> None:
-        problems = {
-            "problem": problem,
-            "odd": _small(problem, ODD_LENGTH, ODD_LENGTH),
-            "ragged": _small(problem, ODD_LENGTH, RAGGED_KV_LEN),
-        }
         self._device = devices.describe(device)
-        self.cases = tuple(_case(name, random_call(each, device, seed=seed), seed) for name, each in problems.items())
+        self.cases = tuple(
+            _case(name, random_call(of_case, device, seed=seed), seed) for name, of_case in _cases(problem).items()
+        )
 
     @property
     def main(self) -> Case:
@@ -76,9 +74,12 @@ class Checker:
         return self.cases[0]
 
     def check(self, candidate: Candidate) -> NumericError:
-        """Return the largest error over all cases and tensors as a share of its bound: at most 1 is right."""
-        worst = NumericError(worst=-1.0, tensor="", case="")
+        """Return the largest error over all cases and tensors as a share of its bound: at most 1 is right.
+
+        Small cases that the backend says it does not support are left out: unequal lengths, for some.
+        """
         backend = backend_named(candidate.backend)
+        worst = NumericError(worst=-1.0, tensor="", case="")
         for case in self.cases:
             if case is not self.main and backend.supports(case.call.problem, self._device) is not None:
                 continue
@@ -108,16 +109,29 @@ def poisoned_empty() -> Iterator[None]:
             filling.fill_uninitialized_memory = fills
 
 
+def _cases(problem: Problem) -> dict[str, Problem]:
+    """Return the problem and small ones of its kind by name, each only once."""
+    q_len, kv_len = min(problem.q_len, RAGGED_Q_LEN), min(problem.kv_len, RAGGED_KV_LEN)
+    cases = {"problem": problem, "ragged": _small(problem, q_len, kv_len)}
+    if problem.q_len == problem.kv_len:
+        cases["equal"] = _small(problem, kv_len, kv_len)
+    if (problem.causal or problem.window is not None) and 1 < q_len <= kv_len:
+        cases["masked rows"] = _small(problem, q_len, max(1, q_len * 4 // 5))
+    distinct: dict[Problem, str] = {}
+    for name, case in cases.items():
+        distinct.setdefault(case, name)
+    return {name: case for case, name in distinct.items()}
+
+
 def _small(problem: Problem, q_len: int, kv_len: int) -> Problem:
-    group = problem.heads // problem.kv_heads
-    kv_heads = min(problem.kv_heads, 2)
+    group, kv_heads = problem.heads // problem.kv_heads, min(problem.kv_heads, 2)
     return replace(
         problem,
         batch=min(problem.batch, 2),
         heads=kv_heads * group,
         kv_heads=kv_heads,
-        q_len=min(problem.q_len, q_len),
-        kv_len=min(problem.kv_len, kv_len),
+        q_len=q_len,
+        kv_len=kv_len,
     )
 
 
@@ -130,9 +144,8 @@ def _case(name: str, call: Call, seed: int) -> Case:
     if call.problem.pass_ is Pass.TRAINING:
         generator = torch.Generator(call.query.device).manual_seed(seed + 1)
         grad_out = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
-        names = ("d_query", "d_key", "d_value")
-        exact.update(zip(names, reference.gradients(call, grad_out), strict=True))
-        plain.update(zip(names, reference.gradients(call, grad_out, dtype=out.dtype), strict=True))
+        exact.update(zip(GRADIENTS, reference.gradients(call, grad_out), strict=False))
+        plain.update(zip(GRADIENTS, reference.gradients(call, grad_out, dtype=out.dtype), strict=False))
     bounds = {tensor: _bound(exact[tensor], plain[tensor], call.query.dtype) for tensor in exact}
     return Case(name=name, call=call, grad_out=grad_out, bounds=bounds)
 
@@ -142,9 +155,11 @@ def _bound(exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> Boun
     finite = exact.masked_fill(~known, 0)
     error = (plain.double() - finite).masked_fill(~known, 0)
     ulp = torch.finfo(dtype).eps
+    # fused kernels use faster exponentials than plain, off by units of float32: SDPA on a CPU exceeded the first term
+    largest_ulp = 2 * ulp + 4 * torch.finfo(torch.float32).eps
     return Bound(
         reference=exact,
-        max_error=2 * float(error.abs().max()) + 2 * ulp * float(finite.abs().max()) + torch.finfo(dtype).tiny,
+        max_error=2 * float(error.abs().max()) + largest_ulp * float(finite.abs().max()) + torch.finfo(dtype).tiny,
         rms_error=2 * float(error.square().mean().sqrt())
         + ulp * float(finite.square().mean().sqrt())
         + torch.finfo(dtype).tiny,

@@ -1,6 +1,7 @@
 """Step: one call of a candidate on ready tensors, as it is checked and timed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,7 @@ from tilewise.kernels.call import Call
 from tilewise.kernels.run import run
 
 Step = Callable[[], object]
+GRADIENTS = ("d_query", "d_key", "d_value", "d_mask")  # the last only where the problem has bias_grad
 
 
 def make_step(call: Call, candidate: Candidate, grad_out: torch.Tensor | None = None) -> Step:
@@ -32,7 +34,12 @@ def results(call: Call, candidate: Candidate, grad_out: torch.Tensor | None) -> 
             out, lse = run(call, candidate)
         return {"out": out} if lse is None else {"out": out, "lse": lse}
     leaves = [tensor.detach().requires_grad_() for tensor in (call.query, call.key, call.value)]
-    out, lse = run(call.with_tensors(*leaves), candidate)
+    call = call.with_tensors(*leaves)
+    if call.problem.bias_grad:
+        assert call.mask is not None, "a problem with bias_grad has a mask"
+        leaves.append(call.mask.detach().requires_grad_())
+        call = replace(call, mask=leaves[-1])
+    out, lse = run(call, candidate)
     gradients = torch.autograd.grad(out, leaves, grad_out)
-    found = {"out": out.detach(), **dict(zip(("d_query", "d_key", "d_value"), gradients, strict=True))}
+    found = {"out": out.detach(), **dict(zip(GRADIENTS, gradients, strict=False))}
     return found if lse is None else {**found, "lse": lse.detach()}

@@ -156,8 +156,14 @@ def final(clock: Clock, steps: Sequence[Step], *, rounds: int, seconds: float, d
 
 
 def _order(count: int, turn: int) -> list[int]:
-    """Rotate who goes first: what runs after the slowest is otherwise always the same one."""
-    return [(turn + index) % count for index in range(count)]
+    """Return the order of one round: over 2 * count rounds every step follows every other equally often.
+
+    Rotating alone would not do: the one after the slowest would still always be the same. Williams (1949),
+    "Experimental designs balanced for the estimation of residual effects of treatments".
+    """
+    zigzag = [(index + 1) // 2 if index % 2 else -(index // 2) for index in range(count)]  # 0, 1, -1, 2, -2, ...
+    order = [(place + turn) % count for place in zigzag]
+    return order if turn // count % 2 == 0 else order[::-1]
 
 
 def _rounds(wanted: int, least: int, seconds: float, once_ms: float) -> int:
@@ -181,7 +187,7 @@ def _measurement(
         p80_ms=ordered[round(0.8 * (len(ordered) - 1))],
         samples=len(ordered),
         ratio=statistics.median(ratios),
-        spread=_median_spread(ratios),
+        spread=_median_spread(ratios) if len(ratios) > 1 else None,  # one call says nothing of its spread
         peak_memory_bytes=memory,
         clock_mhz=reading.clock_mhz,
         power_w=reading.power_w,

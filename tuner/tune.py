@@ -108,7 +108,7 @@ class _Tuning:
             spaces = self._try_defaults(bench)
             self._search(bench, spaces)
             verdict = self._conclude(bench, job, resumed)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self._close_job(job, attempt, JobState.CANCELLED, "interrupted")
             raise
         except Exception as error:
@@ -126,7 +126,13 @@ class _Tuning:
         if not self._fresh:
             with self._database.read() as session:
                 kept = TrialRepository(session).finished(self._problem, self._device.key, self._software)
-            self._tried = {trial.candidate: trial for trial in kept if trial.candidate.backend in self._backends}
+            self._tried = {
+                trial.candidate: trial
+                for trial in kept
+                if trial.candidate.backend in self._backends
+                # torch's own choice is what everything is compared with: had it failed once, nothing could be tuned
+                and (trial.candidate != self._default or trial.outcome is Outcome.OK)
+            }
         return sum(trial.outcome is not Outcome.UNSUPPORTED for trial in self._tried.values())
 
     def _try_defaults(self, bench: Bench) -> dict[str, SearchSpace]:

@@ -1,0 +1,360 @@
+"""A whole tuning of a tiny problem on this CPU, with everything that can go wrong on the way."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tilewise.db.answers import AnswerRepository
+from tilewise.db.devices import DeviceRepository
+from tilewise.db.jobs import JobRecord, JobRepository
+from tilewise.db.session import Database
+from tilewise.db.trials import TrialRepository
+from tilewise.domain.answer import Answer
+from tilewise.domain.config import Candidate, Plan
+from tilewise.domain.errors import ConfigError, TuningError
+from tilewise.domain.job import Budget, JobState
+from tilewise.domain.problem import Pass, Problem
+from tilewise.domain.snapshot import Snapshot, path_beside
+from tilewise.domain.trial import Outcome, Trial
+from tilewise.kernels.backends import BACKENDS
+from tilewise.kernels.call import Call
+from tilewise.kernels.device import describe
+from tilewise.tuner import timing
+from tilewise.tuner import tune as tuning
+from tilewise.tuner.progress import Progress
+from tilewise.tuner.tune import Verdict, tune
+
+from ..domain.examples import answer as an_answer
+from .fakes import BUDGET, CPU, TINY, Computes, register, right
+
+KEY = describe(CPU).key
+SDPA = Candidate("sdpa")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    with Database.open(f"sqlite:///{tmp_path}/tilewise.db", upgrade=True) as opened:
+        yield opened
+
+
+class Watcher:
+    """Keeps what a tuning reports, and does something at one of its phases."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+
+    def __call__(self, progress: Progress) -> None:
+        self.seen.append(progress)
+        self.act(progress)
+
+    def act(self, progress: Progress) -> None:
+        """Nothing, by default."""
+
+    @property
+    def phases(self) -> list[str]:
+        names = [progress.phase for progress in self.seen]
+        return [name for index, name in enumerate(names) if index == 0 or names[index - 1] != name]
+
+
+def tuned(
+    database: Database,
+    problem: Problem = TINY,
+    *,
+    budget: Budget = BUDGET,
+    backends: tuple[str, ...] = (),
+    fresh: bool = False,
+    report: Watcher | None = None,
+) -> Verdict:
+    return tune(
+        problem,
+        device=CPU,
+        database=database,
+        budget=budget,
+        backends=backends,
+        fresh=fresh,
+        report=report or Watcher(),
+    )
+
+
+def trials(database: Database, problem: Problem = TINY) -> tuple[Trial, ...]:
+    with database.read() as session:
+        return TrialRepository(session).list(problem, KEY)
+
+
+def jobs(database: Database) -> tuple[JobRecord, ...]:
+    with database.read() as session:
+        return JobRepository(session).list()
+
+
+def standing(database: Database, problem: Problem = TINY) -> Answer | None:
+    with database.read() as session:
+        return AnswerRepository(session).get(KEY, problem)
+
+
+def measured(database: Database) -> list[Candidate]:
+    return [trial.candidate for trial in trials(database) if trial.outcome is not Outcome.UNSUPPORTED]
+
+
+def test_a_tuning_keeps_what_it_found(database: Database) -> None:
+    watcher = Watcher()
+    verdict = tuned(database, report=watcher)
+    assert verdict.previous is None
+    assert verdict.resumed == 0
+    assert verdict.answer == standing(database)
+    assert verdict.answer.version == 1
+    assert (verdict.answer.problem, verdict.answer.device_key) == (TINY, KEY)
+
+    kept = trials(database)
+    assert len(measured(database)) == len(set(measured(database))) == BUDGET.trials
+    assert {trial.candidate.backend for trial in kept} >= {"sdpa", "sdpa_math", "cpu_tiled", "plain", "triton"}
+    assert kept[0].candidate == SDPA
+    assert kept[0].measurement is not None
+    assert kept[0].measurement.ratio is not None
+    refused = [trial for trial in kept if trial.outcome is Outcome.UNSUPPORTED]
+    assert {trial.message for trial in refused} == {"needs a CUDA device"}
+
+    evidence = verdict.answer.evidence
+    assert evidence is not None
+    assert evidence.reference == SDPA
+    finalists = [finalist.candidate for finalist in evidence.finalists]
+    assert SDPA in finalists
+    assert any(candidate.backend == "cpu_tiled" for candidate in finalists), "the default is always in the final"
+    assert verdict.answer.plan.forward in finalists
+    assert evidence.trials == BUDGET.trials
+
+    (job,) = jobs(database)
+    assert job.job.state is JobState.SUCCEEDED
+    assert job.job.id == evidence.job
+    assert job.job.message == evidence.reason
+    assert watcher.phases == ["prepare", "search", "final", "done"]
+    last = watcher.seen[-1]
+    assert (last.trials, last.total, last.failed) == (BUDGET.trials, BUDGET.trials, 0)
+    assert last.baseline is not None
+    assert last.best is not None
+
+
+def test_a_verdict_refreshes_the_snapshot_beside_the_database(database: Database) -> None:
+    verdict = tuned(database)
+    assert database.file is not None
+    snapshot = Snapshot.loads(path_beside(database.file).read_bytes())
+    assert [found.plan for found in snapshot.answers] == [verdict.answer.plan]
+
+
+def test_training_is_measured_with_its_gradients(database: Database) -> None:
+    problem = dataclasses.replace(TINY, pass_=Pass.TRAINING)
+    verdict = tuned(database, problem)
+    assert verdict.answer.evidence is not None
+    assert {trial.outcome for trial in trials(database, problem)} <= {Outcome.OK, Outcome.UNSUPPORTED}
+    assert {trial.stage for trial in trials(database, problem)} == {"both"}
+
+
+def test_a_second_run_resumes_and_repeats_nothing(database: Database) -> None:
+    tuned(database, budget=dataclasses.replace(BUDGET, trials=6))
+    first = measured(database)
+    assert len(first) == 6
+    verdict = tuned(database)
+    assert verdict.resumed == 6
+    assert verdict.previous is not None
+    assert verdict.answer.version == 2
+    everything = measured(database)
+    assert len(everything) == BUDGET.trials
+    assert everything[: len(first)] == first
+    assert len(set(everything)) == len(everything)
+
+
+def test_a_run_whose_budget_is_spent_only_holds_the_final(database: Database) -> None:
+    tuned(database)
+    before = trials(database)
+    assert tuned(database).answer.version == 2
+    assert trials(database) == before
+
+
+def test_fresh_tries_everything_again(database: Database) -> None:
+    tuned(database)
+    assert tuned(database, fresh=True).resumed == 0
+    assert len(measured(database)) == 2 * BUDGET.trials
+
+
+def test_a_small_space_is_exhausted(database: Database) -> None:
+    problem = dataclasses.replace(TINY, q_len=1, kv_len=40, heads=1, kv_heads=1, window=None)
+    budget = dataclasses.replace(BUDGET, trials=100, patience=100)
+    tuned(database, problem, budget=budget)
+    tried = [trial for trial in trials(database, problem) if trial.candidate.backend == "cpu_tiled"]
+    assert len(tried) == 1
+
+
+class InterruptAfter(Watcher):
+    def __init__(self, trials: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        super().__init__()
+        self.trials, self.error = trials, error
+
+    def act(self, progress: Progress) -> None:
+        if progress.phase == "search" and progress.trials == self.trials:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_keeps_its_trials_and_goes_on_later(database: Database, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        tuned(database, report=InterruptAfter(5, error))
+    finished = measured(database)
+    assert len(finished) == 5
+    (job,) = jobs(database)
+    assert (job.job.state, job.job.message) == (JobState.CANCELLED, "interrupted")
+    assert standing(database) is None
+
+    verdict = tuned(database)
+    assert verdict.resumed == 5
+    assert len(measured(database)) == len(set(measured(database))) == BUDGET.trials
+    assert {job.job.state for job in jobs(database)} == {JobState.CANCELLED, JobState.SUCCEEDED}
+
+
+def broken(_: Call) -> tuple[torch.Tensor, None]:
+    raise RuntimeError("the kernel is broken")
+
+
+def wrong(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = right(call)
+    return out * 1.01, lse
+
+
+def not_a_number(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = right(call)
+    return out * torch.nan, lse
+
+
+def out_of_memory(_: Call) -> tuple[torch.Tensor, None]:
+    raise torch.OutOfMemoryError("tried to allocate 7 GiB")
+
+
+def no_kernel(_: Call) -> tuple[torch.Tensor, None]:
+    raise RuntimeError("No available kernel. Aborting execution.")
+
+
+@pytest.mark.parametrize(
+    ("computes", "outcome", "message"),
+    [
+        (broken, Outcome.FAILED, "RuntimeError: the kernel is broken"),
+        (wrong, Outcome.WRONG_RESULT, "out of the case"),
+        (not_a_number, Outcome.WRONG_RESULT, "off by 1e+30 times the bound"),
+        (out_of_memory, Outcome.OUT_OF_RESOURCES, "tried to allocate"),
+        (no_kernel, Outcome.UNSUPPORTED, "No available kernel"),
+    ],
+)
+def test_a_bad_backend_costs_one_trial_and_never_wins(
+    computes: Computes, outcome: Outcome, message: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, computes)
+    verdict = tuned(database, backends=("fake",))
+    (trial,) = [trial for trial in trials(database) if trial.candidate.backend == "fake"]
+    assert trial.outcome is outcome
+    assert message in trial.message
+    assert trial.measurement is None
+    assert verdict.answer.plan.forward == SDPA
+    assert verdict.answer.evidence is not None
+    assert [finalist.candidate for finalist in verdict.answer.evidence.finalists] == [SDPA]
+    assert verdict.answer.evidence.failed == (outcome is not Outcome.UNSUPPORTED)
+
+
+def test_only_the_named_backends_beside_torchs_own_choice(database: Database) -> None:
+    tuned(database, backends=("plain",))
+    assert {trial.candidate.backend for trial in trials(database)} == {"sdpa", "plain"}
+
+
+def test_an_unknown_backend_leaves_nothing_behind(database: Database) -> None:
+    with pytest.raises(ConfigError, match="unknown backend 'nope'"):
+        tuned(database, backends=("plain", "nope"))
+    assert jobs(database) == ()
+
+
+def test_nothing_is_tuned_where_torchs_own_choice_fails(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(BACKENDS, "sdpa", register(patch, broken))
+        with pytest.raises(TuningError, match=r"sdpa fails on .* nothing can be compared: .*the kernel is broken"):
+            tuned(database)
+    (job,) = jobs(database)
+    assert job.job.state is JobState.FAILED
+    assert "nothing can be compared" in job.job.message
+
+    # what made it fail is gone: a later run does not hold the failure against it
+    assert tuned(database).answer.version == 1
+
+
+class AnswerInBetween(Watcher):
+    """Another tuner writes its answer while the final is held, the first `times` times."""
+
+    def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        super().__init__()
+        self.finals, self.times = 0, times
+        held = timing.final
+
+        def final(*arguments: Any, **options: Any) -> timing.Final:
+            result = held(*arguments, **options)
+            self.finals += 1
+            if self.finals <= self.times:
+                with database.write() as session:
+                    answers = AnswerRepository(session)
+                    before = answers.get(KEY, TINY)
+                    theirs = an_answer(TINY, device_key=KEY)
+                    DeviceRepository(session).save(describe(CPU))
+                    theirs = dataclasses.replace(theirs, plan=Plan(Candidate("plain")), evidence=None)
+                    version = before.version if before else 0
+                    assert answers.replace(theirs, expected_version=version, reason="theirs")
+            return result
+
+        monkeypatch.setattr(tuning, "final", final)
+
+
+def test_an_answer_that_came_in_between_repeats_the_final(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = AnswerInBetween(database, monkeypatch, 1)
+    verdict = tuned(database, report=watcher)
+    assert watcher.finals == 2
+    assert verdict.answer.version == 2
+    assert verdict.previous is not None
+    assert verdict.previous.plan.forward == Candidate("plain")
+    assert verdict.answer.evidence is not None
+    # the answer that came in between took part in the second final
+    assert Candidate("plain") in [finalist.candidate for finalist in verdict.answer.evidence.finalists]
+    with database.read() as session:
+        history = AnswerRepository(session).history(KEY, TINY)
+    assert [change.reason == "theirs" for change in history] == [False, True]
+
+
+def test_answers_that_keep_coming_in_between_are_an_error(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = AnswerInBetween(database, monkeypatch, 100)
+    with pytest.raises(TuningError, match=r"changed 5 times while its final was held"):
+        tuned(database, report=watcher)
+    assert watcher.finals == tuning.MAX_SWAPS
+    assert jobs(database)[0].job.state is JobState.FAILED
+
+
+def test_a_standing_answer_of_an_unknown_backend_is_left_out(database: Database) -> None:
+    with database.write() as session:
+        DeviceRepository(session).save(describe(CPU))
+        gone = dataclasses.replace(an_answer(TINY, device_key=KEY), plan=Plan(Candidate("gone")), evidence=None)
+        assert AnswerRepository(session).replace(gone, expected_version=0, reason="from another version")
+    verdict = tuned(database, backends=("plain",))
+    assert verdict.answer.version == 2
+    assert verdict.answer.plan.forward.backend in ("sdpa", "plain")
+
+
+def test_the_standing_answer_is_in_the_final_of_other_backends(database: Database) -> None:
+    with database.write() as session:
+        DeviceRepository(session).save(describe(CPU))
+        theirs = dataclasses.replace(an_answer(TINY, device_key=KEY), plan=Plan(Candidate("sdpa_math")), evidence=None)
+        assert AnswerRepository(session).replace(theirs, expected_version=0, reason="tuned by hand")
+    verdict = tuned(database, backends=("plain",))
+    assert verdict.answer.evidence is not None
+    assert Candidate("sdpa_math") in [finalist.candidate for finalist in verdict.answer.evidence.finalists]
+
+
+def test_torchs_random_numbers_stay_where_they_were(database: Database) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    tuned(database, backends=("plain",))
+    assert torch.equal(torch.rand(3), expected)
