@@ -66,6 +66,10 @@ class Candidate:
         """Return the config of `role`, or None where the candidate names none."""
         return dict(self.configs).get(role)
 
+    def with_config(self, role: str, config: Config) -> Self:
+        """Return this candidate with another config for `role`."""
+        return type(self)(self.backend, tuple({**dict(self.configs), role: config}.items()))
+
     def __str__(self) -> str:
         if not self.configs:
             return self.backend

@@ -19,9 +19,10 @@ PLAIN = Candidate("plain")
 def default_candidate(problem: Problem) -> Candidate:
     """Return what runs when nothing was measured: torch SDPA's own choice wherever SDPA can compute the problem.
 
-    Softcap, varlen and paged caches are outside SDPA; the plain torch form takes them.
+    Softcap, varlen, paged caches and the promise of the same bits are outside SDPA; the plain torch form takes them.
     """
-    return PLAIN if problem.softcap or problem.page_size or problem.varlen else SDPA
+    outside = problem.softcap or problem.page_size or problem.varlen or problem.deterministic
+    return PLAIN if outside else SDPA
 
 
 def default_answer(problem: Problem, device_key: str, missed: str) -> Answer:

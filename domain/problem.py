@@ -69,7 +69,7 @@ class Problem:
     - window: (left, right) counted from the same diagonal, -1 for unbounded. A window with right 0 is causal, and a
       causal window has right 0: both spellings give the same Problem.
     - mask: `none`, `bool` or `bias`, the latter two with the dimensions along which it broadcasts: `bias.b1h1` is an
-      additive mask of shape (1, 1, Q, K).
+      additive mask of shape (1, 1, Q, K). Dimensions of size 1 are always among them.
     - page_size: tokens in one page of a paged key/value cache, 0 for a contiguous one.
 
     Raises ProblemError for a combination that cannot exist.
@@ -108,6 +108,7 @@ class Problem:
         set_(self, "v_head_dim", self.v_head_dim or self.head_dim)
         self._check()
         self._canonicalise_window()
+        self._canonicalise_mask()
 
     def _check(self) -> None:
         for name in _SIZES:
@@ -140,6 +141,15 @@ class Problem:
         window = None if left == -1 and (causal or right == -1) else (left, right)
         object.__setattr__(self, "causal", causal)
         object.__setattr__(self, "window", window)
+
+    def _canonicalise_mask(self) -> None:
+        """A mask broadcasts along every dimension of size 1, whether or not its pattern says so."""
+        if self.mask == "none":
+            return
+        kind, _, given = self.mask.partition(".")
+        sizes = {"b1": self.batch, "h1": self.heads, "q1": self.q_len, "k1": self.kv_len}
+        dims = "".join(dim for dim, size in sizes.items() if dim in given or size == 1)
+        object.__setattr__(self, "mask", f"{kind}.{dims}" if dims else kind)
 
     @property
     def key(self) -> str:

@@ -1,41 +1,71 @@
 """What a backend is: the one small interface between attention implementations and everything that uses them."""
 
 import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from tilewise.domain.config import Config
+from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
+from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import SearchSpace
 
 from .call import Call
 
 
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Gradients in the shapes of the tensors; that of an additive mask only where the problem has bias_grad."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
 class Backend(abc.ABC):
     """An implementation of attention.
 
     - name: as it stands in candidates and the database.
-    - differentiable: torch can differentiate through `forward` by itself; otherwise `kernels.run` supplies a backward.
+    - differentiable: torch can differentiate through `forward` by itself.
+    - has_backward: it has a `backward` of its own; where neither holds, `kernels.run` recomputes through torch.
     - gives_lse: `forward` returns the LSE.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
+    has_backward: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
 
     @abc.abstractmethod
     def supports(self, problem: Problem, device: Device) -> str | None:
         """Return None when this backend computes `problem` on `device`, else the reason why not."""
 
-    def space(self, problem: Problem, device: Device) -> SearchSpace | None:  # noqa: ARG002
-        """Return the configs of this backend's forward for a problem it supports; None when it has no parameters."""
-        return None
+    def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:  # noqa: ARG002
+        """Return the configs of each role (forward, dkdv, dq) for a problem it supports; none without parameters."""
+        return {}
 
     @abc.abstractmethod
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32."""
+
+    def backward(
+        self,
+        call: Call,
+        out: torch.Tensor,  # noqa: ARG002
+        lse: torch.Tensor,  # noqa: ARG002
+        grad_out: torch.Tensor,  # noqa: ARG002
+        candidate: Candidate,
+    ) -> Gradients:
+        """Return the gradients, for the result and LSE that `forward` gave; only where `has_backward`."""
+        raise UnsupportedError(f"{candidate} has no backward of its own; kernels.run recomputes {call.problem.key}")
+
+    def default(self, problem: Problem, device: Device) -> Candidate:
+        """Return this backend with the default config of every role."""
+        return Candidate.of(self.name, **{role: space.default for role, space in self.spaces(problem, device).items()})
 
 
 def unsupported_feature(problem: Problem, *features: str) -> str | None:

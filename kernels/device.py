@@ -186,7 +186,8 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
         "cpu_tiled": [folder / "backends/tiled_cpu.py"],
         "plain": [folder / "backends/plain.py", folder / "reference.py"],
         "sdpa": [folder / "backends/sdpa.py"],
-        "triton_forward": [folder / "triton_kernels/forward.py"],
+        "triton_forward": [folder / "triton_kernels/common.py", folder / "triton_kernels/forward.py"],
+        "triton_backward": [folder / "triton_kernels/backward.py", folder / "triton_kernels/bias.py"],
     }
     return tuple(
         (name, hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12])

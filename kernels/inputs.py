@@ -15,10 +15,12 @@ def random_call(problem: Problem, device: torch.device, *, seed: int) -> Call:
 
     A bool mask leaves 4 of 5 pairs, masks every eighth row of queries wholly and the first half of the keys for
     another; slopes are those of the ALiBi paper
-    (Press et al. 2022, section 3); softcap is 30. Raises UnsupportedError for paged and varlen problems.
+    (Press et al. 2022, section 3); softcap is 30. Raises UnsupportedError for paged, varlen and dropout problems.
     """
-    if problem.varlen or problem.page_size:
-        raise UnsupportedError(f"{problem.key}: no inputs can be made for varlen and paged problems")
+    if problem.varlen or problem.page_size or problem.dropout:
+        raise UnsupportedError(
+            f"{problem.key}: varlen, paged and dropout problems cannot be tuned yet; tune the same problem without"
+        )
     generator = torch.Generator(device).manual_seed(seed)
     dtype = TORCH_DTYPES[problem.dtype]
 

@@ -10,12 +10,13 @@ _ALL = slice(None)
 
 
 def attention(
-    call: Call, *, dtype: torch.dtype = torch.float64, needs_grad: bool = False
+    call: Call, *, dtype: torch.dtype = torch.float64, needs_grad: bool = False, keep: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the result (B, Q, H, Dv) and the LSE (B, H, Q), natural log, computed in `dtype`.
 
     One batch entry and one key head at a time, so that the scores in memory are (H / Hkv, Q, K). Rows with nothing to
-    attend give 0 and LSE -inf. With needs_grad the result can be differentiated.
+    attend give 0 and LSE -inf. With needs_grad the result can be differentiated. `keep`, bool (B, H, Q, K), says which
+    weights dropout leaves.
     """
     batch, _, heads, _ = call.query.shape
     kv_heads = call.key.shape[2]
@@ -23,7 +24,9 @@ def attention(
     with torch.set_grad_enabled(needs_grad):
         parts = [
             [
-                softmax_attention(call, slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1), dtype)
+                softmax_attention(
+                    call, slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1), dtype, keep
+                )
                 for h in range(kv_heads)
             ]
             for b in range(batch)
@@ -33,7 +36,9 @@ def attention(
         return torch.cat(outs), torch.cat(lses)
 
 
-def gradients(call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def gradients(
+    call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.float64, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Return the gradients of query, key and value in `dtype` for the result's gradient (B, Q, H, Dv).
 
     With `bias_grad` the mask's is the fourth. Like `attention`, one batch entry and one key head at a time.
@@ -50,15 +55,23 @@ def gradients(call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.
         for b in range(batch):
             for h in range(kv_heads):
                 which = slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1)
-                out, _ = softmax_attention(detached, *which, dtype)
+                out, _ = softmax_attention(detached, *which, dtype, keep)
                 out.backward(grad_out[b : b + 1, :, which[1]].to(dtype))
     return tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 
 def softmax_attention(
-    call: Call, batch: slice = _ALL, heads: slice = _ALL, kv_heads: slice = _ALL, dtype: torch.dtype | None = None
+    call: Call,
+    batch: slice = _ALL,
+    heads: slice = _ALL,
+    kv_heads: slice = _ALL,
+    dtype: torch.dtype | None = None,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return matmul, softmax, matmul over the named batch entries and heads, in `dtype` or the input's own."""
+    """Return matmul, softmax, matmul over the named batch entries and heads, in `dtype` or the input's own.
+
+    `keep`, bool (B, H, Q, K), says which weights dropout leaves; they are scaled by 1 / (1 - dropout).
+    """
     query, key, value = (
         tensor[batch, :, which].to(dtype or tensor.dtype).transpose(1, 2)
         for tensor, which in ((call.query, heads), (call.key, kv_heads), (call.value, kv_heads))
@@ -67,6 +80,8 @@ def softmax_attention(
     raw = query.unflatten(1, groups) @ key.unsqueeze(2).transpose(-1, -2)
     scores = _modified(call, raw.flatten(1, 2), batch, heads)
     weights, lse = _softmax(scores)
+    if keep is not None:
+        weights = weights * keep[batch, heads] / (1 - call.dropout)
     out = weights.unflatten(1, groups) @ value.unsqueeze(2)
     return out.flatten(1, 2).transpose(1, 2), lse
 

@@ -1,4 +1,4 @@
-"""Run a Plan: the one place where a call meets a backend, eager and trainable."""
+"""Run a candidate on a call: the one place where a call meets a backend, eager and trainable."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Pass
 
-from .backend import Backend
+from .backend import Gradients
 from .backends import backend_named
 from .call import Call
 
@@ -19,25 +19,23 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 def run(call: Call, candidate: Candidate) -> Result:
     """Return the result (B, Q, H, Dv) of `candidate` for `call` and its LSE (B, H, Q) where the backend gives one.
 
-    Gradients: torch differentiates its own backends; behind the others, which have a forward only, the backward
-    recomputes through torch (`domain.matching.default_candidate`), from the saved query, key and value. The LSE is
-    not differentiable.
+    Gradients: torch differentiates its own backends, Triton has its own backward, and behind the others the backward
+    recomputes through torch (`domain.matching.default_candidate`). The LSE is not differentiable.
     """
     kind = call.query.device.type
     if torch.is_autocast_enabled(kind):  # the tensors have their dtypes: what is computed is what the problem says
         with torch.autocast(kind, enabled=False):
             return run(call, candidate)
     backend = backend_named(candidate.backend)
-    config = candidate.config()
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
-        out, lse = backend.forward(call, config)
+        out, lse = backend.forward(call, candidate.config())
         return out, None if lse is None else lse.detach()
-    out, lse = _Recomputed.apply(call.query, call.key, call.value, call, backend, candidate)
+    out, lse = _Attention.apply(call.query, call.key, call.value, call.mask, call, candidate)
     return out, lse
 
 
-class _Recomputed(torch.autograd.Function):
-    """Forward by a backend without a backward of its own; backward through torch."""
+class _Attention(torch.autograd.Function):
+    """Forward by a backend that torch cannot differentiate."""
 
     @staticmethod
     def forward(
@@ -45,14 +43,17 @@ class _Recomputed(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        mask: torch.Tensor | None,
         call: Call,
-        backend: Backend,
         candidate: Candidate,
     ) -> Result:
-        out, lse = backend.forward(call.with_tensors(query, key, value), candidate.config())
+        backend = backend_named(candidate.backend)
+        out, lse = backend.forward(call, candidate.config())
         # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
-        ctx.save_for_backward(query, key, value, call.mask, call.alibi_slopes)
-        ctx.problem, ctx.scale, ctx.softcap = call.problem, call.scale, call.softcap
+        results = (out, lse) if backend.has_backward else (None, None)
+        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *results)
+        ctx.problem, ctx.candidate = call.problem, candidate
+        ctx.scalars = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": call.seed}
         if lse is not None:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -60,13 +61,35 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        *saved, mask, slopes = ctx.saved_tensors
-        query, key, value = inputs = [
-            tensor.detach().requires_grad_(needs) for tensor, needs in zip(saved, ctx.needs_input_grad, strict=False)
-        ]
-        call = Call(ctx.problem, query, key, value, ctx.scale, mask, slopes, ctx.softcap)
-        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
-            out, _ = backend_named(default_candidate(ctx.problem).backend).forward(call, None)
-        needed = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(out, needed, grad_out))
-        return (*(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None, None, None)
+        query, key, value, mask, slopes, out, lse = ctx.saved_tensors
+        call = Call(ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, **ctx.scalars)
+        with torch.autocast(query.device.type, enabled=False):
+            if out is None:
+                found = _recomputed(call, grad_out, ctx.needs_input_grad)
+            else:
+                found = backend_named(ctx.candidate.backend).backward(call, out, lse, grad_out, ctx.candidate)
+        needs = ctx.needs_input_grad
+        gradients = (found.query, found.key, found.value, found.mask)
+        return (*(grad if need else None for grad, need in zip(gradients, needs, strict=False)), None, None)
+
+
+def _recomputed(call: Call, grad_out: torch.Tensor, needs: tuple[bool, ...]) -> Gradients:
+    """Return the gradients through torch's own choice; those that nobody needs are not gradients."""
+    inputs = [
+        None if tensor is None else tensor.detach().requires_grad_(need)
+        for tensor, need in zip((call.query, call.key, call.value, call.mask), needs, strict=False)
+    ]
+    query, key, value, mask = inputs
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    again = Call(call.problem, query, key, value, call.scale, mask, call.alibi_slopes, call.softcap)
+    with torch.enable_grad():
+        out, _ = backend_named(default_candidate(call.problem).backend).forward(again, None)
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, grad_out), strict=True))
+    grads = [None if tensor is None else found.get(id(tensor)) for tensor in inputs]
+    d_query, d_key, d_value = (
+        tensor if grad is None else grad for tensor, grad in zip((query, key, value), grads[:3], strict=True)
+    )
+    return Gradients(d_query, d_key, d_value, mask=grads[3])

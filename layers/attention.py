@@ -28,10 +28,13 @@ def attention(
     mask: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     softcap: float = 0.0,
+    dropout: float = 0.0,
+    seed: int | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
     precision: str = "ieee",
+    deterministic: bool = False,
     backend: str = "auto",
     strict: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -43,11 +46,14 @@ def attention(
     - mask: bool (True = attend) or additive float, any shape that broadcasts to (B, H, Q, K); a float mask that
       requires grad gets one.
     - alibi_slopes: (H,) or (B, H); adds -slope * |i + K - Q - j|. softcap: 0 for none. scale: D ** -0.5 by default.
+    - dropout: share of the weights set to 0, the rest scaled by 1 / (1 - dropout). seed: the same seed drops the same
+      weights; by default it is drawn from torch's CPU generator, which activation checkpointing restores.
+    - precision: "ieee", or "tf32" for float32 products on tensor cores. deterministic: the same bits every time.
     - return_lse: return (result, LSE), LSE (B, H, Q) float32, natural log, without a gradient.
     - backend: "auto", or the name of one; strict: raise instead of falling back where it cannot run.
 
-    Rows with nothing to attend give 0 and LSE -inf. Where the chosen backend has no backward of its own (Triton and
-    tiled CPU have none yet), the backward recomputes through torch.
+    Rows with nothing to attend give 0 and LSE -inf. Where the chosen backend has no backward of its own (the tiled CPU
+    kernel has none), the backward recomputes through torch.
 
     Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
     and with strict=True UnsupportedError and whatever the backend raises.
@@ -55,6 +61,8 @@ def attention(
     # checked here: what follows takes them for granted, and the memo keeps only whether there is a softcap
     if not 0 <= softcap < math.inf:
         raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout}")
     if window is not None and type(window) is not tuple:
         raise InputError(f"window: expected a tuple (left, right), got {window!r}")
     swap = layout == "bhsd"
@@ -69,15 +77,16 @@ def attention(
     slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.device)
     memo_key = (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
-        value.device, causal, window, mask_key, slopes_key, softcap > 0, layout, return_lse, precision, backend,
-        strict, learns,
+        value.device, causal, window, mask_key, slopes_key, softcap > 0, dropout > 0, layout, return_lse, precision,
+        deterministic, backend, strict, learns,
     )  # fmt: skip
     resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
     if resolved is None:
         _check(query, key, value, window, mask, alibi_slopes, layout, precision)
         problem = _problem(
-            query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, layout, precision, learns
-        )
+            query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0, layout,
+            precision, deterministic, learns,
+        )  # fmt: skip
         resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
         _remember(memo_key, resolved)
     call = Call(
@@ -89,6 +98,8 @@ def attention(
         mask=mask,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
+        dropout=dropout,
+        seed=int(torch.randint(1 << 62, (), device="cpu")) if dropout > 0 and seed is None else seed or 0,
     )
     out, lse = _run(call, resolved, strict=strict)
     if swap:
@@ -161,8 +172,10 @@ def _problem(
     mask: torch.Tensor | None,
     alibi: bool,
     softcap: bool,
+    dropout: bool,
     layout: str,
     precision: str,
+    deterministic: bool,
     learns: bool,
 ) -> Problem:
     dtype = DTYPES[query.dtype]
@@ -182,6 +195,8 @@ def _problem(
         bias_grad=learns and mask is not None and mask.requires_grad,
         alibi=alibi,
         softcap=softcap,
+        dropout=dropout,
+        deterministic=deterministic,
         precision=Precision(precision) if dtype is Dtype.FP32 else Precision.IEEE,
         layout=Layout(layout),
     )

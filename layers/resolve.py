@@ -104,16 +104,19 @@ def _why_not(candidate: Candidate, problem: Problem, device: Device, *, return_l
     if return_lse and not backend.gives_lse:
         return "it does not return the LSE"
     reason = backend.supports(problem, device)
-    config = candidate.config()
-    if reason is not None or config is None:
+    if reason is not None:
         return reason
     # an answer may have been measured for the bucket, whose longer lengths allow larger tiles
-    reasons = [_outside(backend.space(size, device), config) for size in (problem, problem.bucket())]
-    return None if None in reasons else reasons[0]
+    spaces = [backend.spaces(size, device) for size in (problem, problem.bucket())]
+    for role, config in candidate.configs:
+        reasons = [_outside(of_size.get(role), role, config) for of_size in spaces]
+        if None not in reasons:
+            return reasons[0]
+    return None
 
 
-def _outside(space: SearchSpace | None, config: Config) -> str | None:
-    return "it has no parameters" if space is None else space.why_not(config)
+def _outside(space: SearchSpace | None, role: str, config: Config) -> str | None:
+    return f"it has no parameters for {role}" if space is None else space.why_not(config)
 
 
 def _with_lse(problem: Problem, device: Device) -> Candidate:

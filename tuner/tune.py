@@ -135,49 +135,63 @@ class _Tuning:
             }
         return sum(trial.outcome is not Outcome.UNSUPPORTED for trial in self._tried.values())
 
-    def _try_defaults(self, bench: Bench) -> dict[str, SearchSpace]:
-        """Try every backend's default, torch's own choice first; return the spaces worth searching."""
+    def _try_defaults(self, bench: Bench) -> dict[tuple[str, str], SearchSpace]:
+        """Try every backend's default, torch's own choice first; return the spaces to search, by backend and role."""
         names = [
             self._default.backend,
             *(name for name in BACKENDS if name in self._backends - {self._default.backend}),
         ]
-        spaces: dict[str, SearchSpace] = {}
+        spaces: dict[tuple[str, str], SearchSpace] = {}
         for name in names:
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
-            space = None if reason else backend.space(self._problem, self._device)
-            candidate = Candidate.of(name, forward=space.default if space else None)
+            candidate = Candidate(name) if reason else backend.default(self._problem, self._device)
             if candidate not in self._tried:
                 self._keep(bench.unsupported(candidate, reason) if reason else self._attempt(bench, candidate))
-            if space is not None:
-                spaces[name] = space
+            if reason is None:
+                for role, space in backend.spaces(self._problem, self._device).items():
+                    spaces[name, role] = space
             if candidate == self._default and self._tried[candidate].outcome is not Outcome.OK:
                 message = self._tried[candidate].message
                 raise TuningError(f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}")
         return spaces
 
-    def _search(self, bench: Bench, spaces: dict[str, SearchSpace]) -> None:
-        searches = {name: Search(space, seed=self._seed, tried=self._ratios(name)) for name, space in spaces.items()}
+    def _search(self, bench: Bench, spaces: dict[tuple[str, str], SearchSpace]) -> None:
+        """Search every space in turn. A config of one role is tried with the best known configs of the others."""
+        searches = {
+            (name, role): Search(space, seed=self._seed, tried=self._ratios(name, role))
+            for (name, role), space in spaces.items()
+        }
         stale = 0
-        for name in itertools.cycle(list(searches)):
+        for name, role in itertools.cycle(list(searches)):
             if not searches or self._count() >= self._budget.trials or self._seconds_left() <= 0:
                 return
             if stale >= self._budget.patience or not any(search.remaining for search in searches.values()):
                 return
-            config = searches[name].ask()
+            config = searches[name, role].ask()
             if config is None:
                 continue
             before = self._best_ratio()
-            trial = self._attempt(bench, Candidate.of(name, forward=config))
+            trial = self._attempt(bench, self._best_of(name).with_config(role, config))
             self._keep(trial)
-            searches[name].tell(config, trial.measurement.ratio if trial.measurement else None)
+            searches[name, role].tell(config, trial.measurement.ratio if trial.measurement else None)
             stale = 0 if self._best_ratio() < before else stale + 1
 
-    def _ratios(self, backend: str) -> list[tuple[Config, float | None]]:
+    def _best_of(self, backend: str) -> Candidate:
+        """Return the fastest candidate of a backend so far, its default where nothing of it was right yet."""
+        right = [trial for trial in self._of(backend) if trial.outcome is Outcome.OK]
+        if not right:
+            return backend_named(backend).default(self._problem, self._device)
+        return min(right, key=_ratio).candidate
+
+    def _of(self, backend: str) -> list[Trial]:
+        return [trial for trial in self._tried.values() if trial.candidate.backend == backend]
+
+    def _ratios(self, backend: str, role: str) -> list[tuple[Config, float | None]]:
         return [
             (config, trial.measurement.ratio if trial.measurement else None)
-            for trial in self._tried.values()
-            if trial.candidate.backend == backend and (config := trial.candidate.config()) is not None
+            for trial in self._of(backend)
+            if (config := trial.candidate.config(role)) is not None
         ]
 
     def _attempt(self, bench: Bench, candidate: Candidate) -> Trial:
@@ -253,14 +267,11 @@ class _Tuning:
         defaults = [
             trial.candidate
             for trial in right
-            if (config := trial.candidate.config()) is not None and config == self._default_config(trial.candidate)
+            if trial.candidate.configs
+            and trial.candidate == backend_named(trial.candidate.backend).default(self._problem, self._device)
         ]
         standing_too = [standing] if standing is not None else []
         return tuple(dict.fromkeys([self._default, *standing_too, *defaults, *best]))
-
-    def _default_config(self, candidate: Candidate) -> object:
-        space = backend_named(candidate.backend).space(self._problem, self._device)
-        return space.default if space else None
 
     # what is kept and told
 

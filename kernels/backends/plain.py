@@ -19,8 +19,16 @@ class Plain(Backend):
     gives_lse = True
 
     def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
-        return unsupported_feature(problem, "varlen", "page_size", "dropout")
+        return unsupported_feature(problem, "varlen", "page_size")
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        out, lse = reference.softmax_attention(call)
+        out, lse = reference.softmax_attention(call, keep=_keep(call) if call.dropout > 0 else None)
         return out, lse.float()
+
+
+def _keep(call: Call) -> torch.Tensor:
+    """Return which weights (B, H, Q, K) dropout leaves, from the call's seed."""
+    problem, device = call.problem, call.query.device
+    generator = torch.Generator(device).manual_seed(call.seed)
+    shape = (problem.batch, problem.heads, problem.q_len, problem.kv_len)
+    return torch.rand(shape, generator=generator, device=device) >= call.dropout

@@ -1,6 +1,8 @@
 """torch.nn.functional.scaled_dot_product_attention: its own choice, and each of its implementations by name."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +23,22 @@ class Sdpa(Backend):
     differentiable = True
 
     def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
-        return unsupported_feature(problem, "softcap", "varlen", "page_size", "dropout", "deterministic")
+        return unsupported_feature(problem, "softcap", "varlen", "page_size", "deterministic")
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
         query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
         given = _given(call)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=given.mask,
-            is_causal=given.is_causal,
-            scale=call.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        with _seeded(call):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=given.mask,
+                dropout_p=call.dropout,
+                is_causal=given.is_causal,
+                scale=call.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         if given.empty_rows is not None:
             out = out.masked_fill(given.empty_rows, 0)
         return out.transpose(1, 2), None
@@ -122,6 +126,18 @@ def _needs_mask(problem: Problem) -> bool:
     """Whether what is attended cannot be said by SDPA's is_causal, which is aligned top-left."""
     causal_needs_mask = problem.causal and problem.q_len not in (1, problem.kv_len)
     return problem.mask != "none" or problem.alibi or problem.window is not None or causal_needs_mask
+
+
+@contextlib.contextmanager
+def _seeded(call: Call) -> Iterator[None]:
+    """Within, torch's generators start from the call's seed, so that the same seed drops the same weights."""
+    if call.dropout == 0:
+        yield
+        return
+    device = call.query.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(call.seed)
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,32 +32,12 @@ class TiledCpu(Backend):
             return "needs a CPU"
         return unsupported_feature(problem, "mask", "alibi", "softcap", "dropout", "varlen", "page_size")
 
-    def space(self, problem: Problem, device: Device) -> SearchSpace | None:  # noqa: ARG002
-        group = problem.heads // problem.kv_heads
-        block_q = _choices(problem.q_len, 16)
-        block_k = _choices(problem.kv_len, 64)
-        heads = (*(n for n in (1, 2, 4, 8, 16, 32, 64) if n < problem.kv_heads), problem.kv_heads)
-
-        def fits(values: Mapping[str, Value]) -> bool:
-            rows = int(values["heads_per_chunk"]) * group * int(values["block_q"])
-            return rows * int(values["block_k"]) * 4 <= _MAX_TILE_BYTES
-
-        return SearchSpace(
-            kernel=KERNEL,
-            parameters=(
-                Parameter("block_q", block_q),
-                Parameter("block_k", block_k),
-                Parameter("heads_per_chunk", heads),
-            ),
-            constraints=(Constraint("a tile of scores would exceed 64 MiB", fits),),
-            default=Config.of(
-                KERNEL, block_q=min(block_q[-1], 64), block_k=min(block_k[-1], 256), heads_per_chunk=min(heads[-1], 2)
-            ),
-        )
+    def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:  # noqa: ARG002
+        return {"forward": _space(problem)}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if config is None:
-            config = _default(call.problem)
+            config = _space(call.problem).default
         batch, q_len, heads, _ = call.query.shape
         out = call.query.new_empty(batch, q_len, heads, call.value.shape[-1])
         lse = call.query.new_empty(batch, heads, q_len, dtype=torch.float32)
@@ -86,11 +66,28 @@ def _choices(length: int, least: int) -> tuple[int, ...]:
     return tuple(size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] < length)
 
 
-def _default(problem: Problem) -> Config:
-    cpu = Device(kind=DeviceKind.CPU, name="cpu", arch="cpu", units=1, memory_gib=1)
-    space = TiledCpu().space(problem, cpu)
-    assert space is not None
-    return space.default
+def _space(problem: Problem) -> SearchSpace:
+    group = problem.heads // problem.kv_heads
+    block_q = _choices(problem.q_len, 16)
+    block_k = _choices(problem.kv_len, 64)
+    heads = (*(n for n in (1, 2, 4, 8, 16, 32, 64) if n < problem.kv_heads), problem.kv_heads)
+
+    def fits(values: Mapping[str, Value]) -> bool:
+        rows = int(values["heads_per_chunk"]) * group * int(values["block_q"])
+        return rows * int(values["block_k"]) * 4 <= _MAX_TILE_BYTES
+
+    return SearchSpace(
+        kernel=KERNEL,
+        parameters=(
+            Parameter("block_q", block_q),
+            Parameter("block_k", block_k),
+            Parameter("heads_per_chunk", heads),
+        ),
+        constraints=(Constraint("a tile of scores would exceed 64 MiB", fits),),
+        default=Config.of(
+            KERNEL, block_q=min(block_q[-1], 64), block_k=min(block_k[-1], 256), heads_per_chunk=min(heads[-1], 2)
+        ),
+    )
 
 
 def _attend_heads(

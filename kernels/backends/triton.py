@@ -1,26 +1,29 @@
-"""Our Triton kernels as a backend."""
+"""Our Triton kernels as a backend: every mask and score modification, forward and backward."""
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from tilewise.domain.config import Config, Value
+from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.device import Device, DeviceKind
-from tilewise.domain.problem import Dtype, Problem
+from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_feature
 from ..call import Call
 
-KERNEL = "triton_forward"
 MAX_REGISTERS = 256  # a thread has 255; one more would spill even if nothing else were held
+_ELEMENT_BYTES = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 4}
+ROLES = ("forward", "dkdv", "dq")
 
 
 class Triton(Backend):
-    """The pointer-path forward: sm_80 and up, fp16 and bf16, head_dim up to 256, GQA, causal and sliding window."""
+    """sm_80 and up by pointers, sm_90 and up through TMA too; head_dim up to 256."""
 
     name = "triton"
+    has_backward = True
     gives_lse = True
 
     def supports(self, problem: Problem, device: Device) -> str | None:
@@ -28,68 +31,151 @@ class Triton(Backend):
             return "needs a CUDA device"
         if device.capability < 80:
             return f"needs sm_80 or newer, this is {device.arch}"
-        if problem.dtype is Dtype.FP32:
-            return "needs fp16 or bf16"
         if max(problem.head_dim, problem.v_head_dim) > 256:
             return "needs head_dim of at most 256"
-        return unsupported_feature(problem, "mask", "alibi", "softcap", "dropout", "varlen", "page_size")
+        return unsupported_feature(problem, "varlen", "page_size")
 
-    def space(self, problem: Problem, device: Device) -> SearchSpace | None:
-        return _space(problem.head_dim, problem.v_head_dim, device.shared_memory)
+    def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
+        tiles = tiles_of(problem, device)
+        roles = ROLES if problem.pass_ is Pass.TRAINING else ROLES[:1]
+        return {role: _space(role, tiles) for role in roles}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Imported here: triton is absent where there is no GPU, and this file must still list its backend.
         from ..triton_kernels.forward import launch
 
-        config = config or _default(call.problem.head_dim, call.problem.v_head_dim)
-        return launch(call, **config.as_dict())
+        return launch(call, config or self._config(call, "forward"))
+
+    def backward(
+        self, call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, candidate: Candidate
+    ) -> Gradients:
+        from ..triton_kernels.backward import launch_dkdv, launch_dq, prepare
+        from ..triton_kernels.bias import launch_dbias
+
+        prepared = prepare(call, out, lse, grad_out)
+        grad_key, grad_value = launch_dkdv(prepared, candidate.config("dkdv") or self._config(call, "dkdv"))
+        grad_query = launch_dq(prepared, candidate.config("dq") or self._config(call, "dq"))
+        grad_mask = launch_dbias(prepared) if call.problem.bias_grad else None
+        return Gradients(grad_query, grad_key, grad_value, grad_mask)
+
+    def _config(self, call: Call, role: str) -> Config:
+        """Return the default for a call whose candidate names no config: small enough for any sm_80 device."""
+        problem = call.problem
+        tiles = Tiles(padded(problem.head_dim), padded(problem.v_head_dim), _ELEMENT_BYTES[problem.dtype], False, 80, 0)
+        return _default(role, tiles)
 
 
-def _padded(head_dim: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What decides which tiles fit: padded head dims, bytes of an element, whether TMA can be used, and the device."""
+
+    head_dim: int
+    v_head_dim: int
+    element_bytes: int
+    describable: bool
+    capability: int
+    shared_memory: int
+
+    @property
+    def tma(self) -> bool:
+        return self.describable and self.capability >= 90
+
+
+def tiles_of(problem: Problem, device: Device) -> Tiles:
+    return Tiles(
+        padded(problem.head_dim),
+        padded(problem.v_head_dim),
+        _ELEMENT_BYTES[problem.dtype],
+        describable(problem),
+        device.capability,
+        device.shared_memory,
+    )
+
+
+def padded(head_dim: int) -> int:
+    """Return the width of the tile that holds head_dim: tiles are powers of two, and dots take 16 at least."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@functools.lru_cache(maxsize=256)
-def _default(head_dim: int, v_head_dim: int) -> Config:
-    wide = max(_padded(head_dim), _padded(v_head_dim)) > 128
-    return Config.of(KERNEL, block_m=64 if wide else 128, block_n=32 if wide else 64, num_warps=4, num_stages=2)
+def describable(problem: Problem) -> bool:
+    """Whether rows of the tensors can lie at multiples of 16 bytes, as TMA takes them."""
+    size = _ELEMENT_BYTES[problem.dtype]
+    return problem.head_dim * size % 16 == 0 and problem.v_head_dim * size % 16 == 0
 
 
-def shared_memory(head_dim: int, v_head_dim: int, values: Mapping[str, Value]) -> int:
-    """Return a lower bound of the shared memory in bytes of one block: the pipelined tiles of key and value."""
+def least_shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
+    """Return a lower bound of the shared memory in bytes of one block: the pipelined tiles it visits."""
+    visited = int(values["block_m"] if role == "dkdv" else values["block_n"])
     stages = max(1, int(values["num_stages"]) - 1)
-    return stages * int(values["block_n"]) * (_padded(head_dim) + _padded(v_head_dim)) * 2
+    return stages * visited * (tiles.head_dim + tiles.v_head_dim) * tiles.element_bytes
 
 
-def registers(v_head_dim: int, values: Mapping[str, Value]) -> int:
-    """Return the 32-bit registers a thread needs for its share of the accumulator and of one tile of scores."""
-    columns = _padded(v_head_dim) + int(values["block_n"])
-    return int(values["block_m"]) * columns // (32 * int(values["num_warps"]))
+def registers(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
+    """Return the 32-bit registers a thread needs for its share of the accumulators and of one tile of scores."""
+    rows, columns = int(values["block_m"]), int(values["block_n"])
+    scores = rows * columns
+    accumulators = {
+        "forward": rows * tiles.v_head_dim,
+        "dkdv": columns * (tiles.head_dim + tiles.v_head_dim),
+        "dq": rows * tiles.head_dim,
+    }[role]
+    return (scores + accumulators) // (32 * int(values["num_warps"]))
 
 
-@functools.lru_cache(maxsize=256)
-def _space(head_dim: int, v_head_dim: int, available: int) -> SearchSpace:
+@functools.lru_cache(maxsize=1024)
+def _space(role: str, tiles: Tiles) -> SearchSpace:
     def fits(values: Mapping[str, Value]) -> bool:
-        return shared_memory(head_dim, v_head_dim, values) <= available
+        return least_shared_memory(role, tiles, values) <= tiles.shared_memory
 
     def fits_registers(values: Mapping[str, Value]) -> bool:
-        return registers(v_head_dim, values) <= MAX_REGISTERS
+        return registers(role, tiles, values) <= MAX_REGISTERS
 
     def enough_rows(values: Mapping[str, Value]) -> bool:
-        return int(values["block_m"]) >= 16 * int(values["num_warps"])
+        return int(values["block_n" if role == "dkdv" else "block_m"]) >= least_rows * int(values["num_warps"])
 
+    # the gradients' accumulators are wide: there the warps may share the rows of one dot
+    largest, least_rows = (256, 16) if role == "forward" else (128, 8)
+    blocks = tuple(size for size in (16, 32, 64, 128, 256) if size <= largest)
     return SearchSpace(
-        kernel=KERNEL,
+        kernel=f"triton_{role}",
         parameters=(
-            Parameter("block_m", (16, 32, 64, 128, 256)),
-            Parameter("block_n", (16, 32, 64, 128, 256)),
+            Parameter("block_m", blocks),
+            Parameter("block_n", blocks),
             Parameter("num_warps", (1, 2, 4, 8)),
-            Parameter("num_stages", (1, 2, 3, 4, 5)),
+            Parameter("num_stages", (1, 2, 3, 4, 5) if role == "forward" else (1, 2, 3, 4)),
+            Parameter("tma", (False, True) if tiles.tma else (False,), ordered=False),
         ),
         constraints=(
-            Constraint("its tiles of key and value exceed the shared memory of a block", fits),
-            Constraint("accumulator and scores exceed the registers of its threads", fits_registers),
-            Constraint("a warp would have fewer than 16 rows of queries", enough_rows),
+            Constraint("its pipelined tiles exceed the shared memory of a block", fits),
+            Constraint("accumulators and scores exceed the registers of its threads", fits_registers),
+            Constraint(f"a warp would have fewer than {least_rows} rows", enough_rows),
         ),
-        default=_default(head_dim, v_head_dim),
+        default=_default(role, tiles),
+    )
+
+
+# (block_m, block_n, num_warps, num_stages) by role, for rows of at most so many bytes.
+_DEFAULTS: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
+    # the best of a handful at the benchmark's shapes on an H200: docs/notes/triton.md
+    "tma": {
+        128: {"forward": (64, 64, 4, 3), "dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 3)},
+        256: {"forward": (64, 64, 4, 3), "dkdv": (32, 64, 4, 3), "dq": (64, 64, 4, 3)},
+    },
+    "pointers": {
+        256: {"forward": (128, 64, 4, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
+        512: {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
+        1024: {"forward": (32, 16, 2, 2), "dkdv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)},
+    },
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _default(role: str, tiles: Tiles) -> Config:
+    row_bytes = max(tiles.head_dim, tiles.v_head_dim) * tiles.element_bytes
+    tma = tiles.tma and row_bytes <= max(_DEFAULTS["tma"])
+    by_width = _DEFAULTS["tma" if tma else "pointers"]
+    width = min(width for width in by_width if width >= row_bytes)
+    block_m, block_n, num_warps, num_stages = by_width[width][role]
+    return Config.of(
+        f"triton_{role}", block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, tma=tma
     )

@@ -4,7 +4,8 @@
     dkdv     one program per block of keys and key head: visits the queries of its whole group that reach it
     dq       one program per block of queries and head: visits the keys it reaches
 
-The gradient of an additive mask is in bias.py. Each writes its own tensor once, so the gradients are the same bits every time. Weights are recomputed from the LSE.
+The gradient of an additive mask is in bias.py. Each kernel writes its own tensor once, so the gradients are the same
+bits every time. Weights are recomputed from the LSE.
 """
 
 from dataclasses import dataclass
@@ -548,9 +549,7 @@ def _launch(
 ) -> None:
     call, tma = prepared.call, bool(config["tma"])
     ready = describable if tma else unit_stride
-    query, key, value, grad_out = (
-        ready(tensor) for tensor in (call.query, call.key, call.value, prepared.grad_out)
-    )
+    query, key, value, grad_out = (ready(tensor) for tensor in (call.query, call.key, call.value, prepared.grad_out))
     tensors: tuple[object, ...] = (query, key, value, grad_out)
     if tma:
         rows = (config["block_m"], config["block_n"], config["block_n"], config["block_m"])

@@ -66,8 +66,8 @@ def dbias_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
+    LEFT: tl.constexpr,  # noqa: ARG001  every tile is compared with the window here
+    RIGHT: tl.constexpr,  # noqa: ARG001
     MASK: tl.constexpr,
     ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -90,9 +90,9 @@ def dbias_kernel(
     for place in range((batch if ONE_B else 1) * (heads if ONE_H else 1)):
         entry = place // heads if ONE_B and ONE_H else place if ONE_B else mask_entry
         head = place % heads if ONE_B and ONE_H else place if ONE_H else mask_head
-        o_entry = entry.to(tl.int64)
-        o_head = head.to(tl.int64)
-        o_kv_head = (head // GROUP).to(tl.int64)
+        o_entry = tl.cast(entry, tl.int64)
+        o_head = tl.cast(head, tl.int64)
+        o_kv_head = o_head // GROUP
         o_place = o_entry * heads + o_head
         p_mask = mask + o_entry * stride_mb + o_head * stride_mh
         slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
@@ -112,7 +112,9 @@ def dbias_kernel(
                     b_q = load_tile(p_q, 0, 0, q_block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, False)
                     b_k = load_tile(p_k, 0, 0, k_block * BLOCK_N, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, True, False)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-                    b_do = load_tile(p_do, 0, 0, q_block * BLOCK_M, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, False)
+                    b_do = load_tile(
+                        p_do, 0, 0, q_block * BLOCK_M, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, False
+                    )
                     b_v = load_tile(p_v, 0, 0, k_block * BLOCK_N, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, True, False)
                     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
                     b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=o_m < q_len, other=float("inf"))
@@ -146,7 +148,6 @@ def launch_dbias(prepared: Prepared) -> torch.Tensor:
     assert mask is not None, "only an additive mask has a gradient"
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     ones = [size == 1 for size in shape]
-    batch, q_len, heads, _ = call.query.shape
     query, key, value, grad_out = (
         unit_stride(tensor) for tensor in (call.query, call.key, call.value, prepared.grad_out)
     )
@@ -169,7 +170,7 @@ def launch_dbias(prepared: Prepared) -> torch.Tensor:
             **dict(zip(("stride_gb", "stride_gs", "stride_gh"), grad_out.stride(), strict=False)),
             **given.dynamic,
             **given.static,
-            batch=batch,
+            batch=call.query.shape[0],
             ONE_B=ones[0],
             ONE_H=ones[1],
             ONE_Q=ones[2],

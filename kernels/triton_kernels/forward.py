@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tilewise.domain.config import Config
+
 from ..call import Call
 from .common import features, kept, padded, scores, unit_stride
 
@@ -271,13 +273,12 @@ def describable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if aligned and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def launch(
-    call: Call, *, block_m: int, block_n: int, num_warps: int, num_stages: int, tma: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32.
 
     With `tma` head_dim and v_head_dim times the element size must be multiples of 16 bytes.
     """
+    block_m, block_n, tma = config["block_m"], config["block_n"], config["tma"]
     prepare = describable if tma else unit_stride
     query, key, value = (prepare(tensor) for tensor in (call.query, call.key, call.value))
     batch, q_len, heads, _ = query.shape
@@ -303,7 +304,7 @@ def launch(
             BLOCK_N=block_n,
             FOLD=plain and call.scale > 0,
             TMA=tma,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
         )
     return out, lse

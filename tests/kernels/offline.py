@@ -1,6 +1,7 @@
-"""Compile the forward without a GPU: a script for a process in which Triton does not interpret.
+"""Compile the Triton kernels without a GPU: a script for a process in which Triton does not interpret.
 
-Reads a list of [capability, head_dim, causal, config] from standard input and writes the shared memory of each.
+Reads a list of [capability, role, head_dim, causal, mask, config] from standard input and writes the shared memory of
+each.
 """
 
 import json
@@ -11,38 +12,61 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tilewise.kernels.triton_kernels.backward import dkdv_kernel, dq_kernel
+from tilewise.kernels.triton_kernels.common import padded
 from tilewise.kernels.triton_kernels.forward import attention_forward
 
-STRIDES = [f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bsh"]
-TYPES = {
-    **dict.fromkeys(("query", "key", "value", "out"), "*fp16"),
-    "lse": "*fp32",
-    "scale_log2": "fp32",
-    **dict.fromkeys((*STRIDES, "heads", "q_len", "kv_len", "left", "right"), "i32"),
-}
-# what the launch of an aligned call would see
-DIVISIBLE = {"query", "key", "value", "out", "lse", *STRIDES}
+KERNELS = {"forward": attention_forward, "dkdv": dkdv_kernel, "dq": dq_kernel}
+TILED = {"query": "block_m", "grad_out": "block_m", "key": "block_n", "value": "block_n"}
+SCALARS = {"scale": "fp32", "softcap": "fp32", "dropout": "fp32", "seed": "i64"}
+FLOATS = ("lse", "lse2", "delta")
 
 
-def shared_memory(capability: int, head_dim: int, causal: bool, config: dict[str, int]) -> int:
-    constants: dict[str, Any] = {
+def signature(name: str, constants: dict[str, Any], config: dict[str, int], columns: int) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in TILED and config["tma"]:
+        return f"tensordesc<fp16[1, {config[TILED[name]]}, 1, {columns}]>"
+    if name in FLOATS:
+        return "*fp32"
+    if name in TILED or name in ("out", "mask", "slopes") or name.startswith("grad_"):
+        return "*fp16"
+    return SCALARS.get(name, "i32")
+
+
+def shared_memory(capability: int, role: str, head_dim: int, causal: bool, mask: int, config: dict[str, int]) -> int:
+    kernel = KERNELS[role]
+    names = kernel.arg_names
+    everything = {
         "GROUP": 1,
         "D": head_dim,
         "DV": head_dim,
-        "BLOCK_D": head_dim,
-        "BLOCK_DV": head_dim,
+        "BLOCK_D": padded(head_dim),
+        "BLOCK_DV": padded(head_dim),
         "BLOCK_M": config["block_m"],
         "BLOCK_N": config["block_n"],
         "LEFT": False,
         "RIGHT": causal,
+        "MASK": mask,
+        "ALIBI": False,
+        "SOFTCAP": False,
+        "DROPOUT": False,
+        "FOLD": mask == 0,
+        "TMA": bool(config["tma"]),
         "PRECISION": "ieee",
+        "slopes": None,
     }
-    names = attention_forward.arg_names
+    if mask == 0:
+        everything["mask"] = None
+    constants = {name: value for name, value in everything.items() if name in names}
+    types = {name: signature(name, constants, config, padded(head_dim)) for name in names}
+    # what the launch of an aligned call would see
+    divisible = [name for name, kind in types.items() if kind.startswith("*") or name.startswith("stride_")]
     source = ASTSource(
-        attention_forward,
-        {name: TYPES.get(name, "constexpr") for name in names},
+        kernel,
+        types,
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in DIVISIBLE},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -168,7 +168,7 @@ def exhaustive() -> list[Problem]:
 @pytest.mark.parametrize("problem", exhaustive(), ids=lambda problem: problem.key)
 def test_every_config_of_the_tiled_kernel(problem: Problem) -> None:
     call = call_of(problem)
-    space = TiledCpu().space(problem, this_cpu())
+    space = TiledCpu().spaces(problem, this_cpu())["forward"]
     assert space is not None
     configs = list(space)
     assert len(configs) >= 1
@@ -242,7 +242,7 @@ def test_the_tiled_kernel_writes_everything() -> None:
 @pytest.mark.parametrize("kv_len", [1, 63, 4096, 131072])
 def test_the_tiled_kernels_default_lies_in_its_space(heads: int, kv_len: int) -> None:
     problem = Problem(batch=1, heads=heads, kv_heads=1, q_len=2048, kv_len=kv_len, head_dim=128)
-    space = TiledCpu().space(problem, this_cpu())
+    space = TiledCpu().spaces(problem, this_cpu())["forward"]
     assert space is not None
     assert space.default in space
     block_q, block_k = (max(config[name] for config in space) for name in ("block_q", "block_k"))
@@ -254,7 +254,7 @@ def test_the_tiled_kernels_default_lies_in_its_space(heads: int, kv_len: int) ->
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("field", ["varlen", "page_size", "dropout"])
+@pytest.mark.parametrize("field", ["varlen", "page_size"])
 def test_nothing_computes_what_no_call_can_hold(name: str, field: str) -> None:
     problem = problem_of("full", dtype=Dtype.FP16, **{field: 16 if field == "page_size" else True})
     assert all(BACKENDS[name].supports(problem, device) is not None for device in (this_cpu(), H200))
@@ -274,12 +274,9 @@ def test_the_tiled_kernel_refuses_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("name", "cell", "changes", "reason"),
     [
-        ("triton", "full", {"dtype": Dtype.FP32}, "fp16 or bf16"),
         ("triton", "full", {"head_dim": 264}, "at most 256"),
         ("triton", "full", {"v_head_dim": 264}, "at most 256"),
-        ("triton", "bool", {}, "no mask"),
-        ("triton", "alibi", {}, "no alibi"),
-        ("triton", "softcap", {}, "no softcap"),
+        ("triton", "full", {"page_size": 16}, "no page size"),
         ("sdpa_flash", "full", {"dtype": Dtype.FP32}, "fp16 or bf16"),
         ("sdpa_flash", "causal, fewer queries", {}, "takes no mask"),
         ("sdpa_flash", "window", {}, "takes no mask"),

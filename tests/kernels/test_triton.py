@@ -21,7 +21,7 @@ from tilewise.domain.problem import Dtype, Layout, Pass, Problem
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import BACKENDS
-from tilewise.kernels.backends.triton import KERNEL, Triton, shared_memory
+from tilewise.kernels.backends.triton import Triton, least_shared_memory, tiles_of
 from tilewise.kernels.call import Call
 from tilewise.kernels.inputs import random_call
 from tilewise.kernels.run import run
@@ -34,6 +34,7 @@ from .cells import assert_right
 from .test_backends import H200
 
 # A GPU compiles the kernel; without one the interpreter runs it on CPU tensors (tests/conftest.py).
+KERNEL = "triton_forward"
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,8 +95,13 @@ def covering() -> list[tuple[str, str, int, Dtype, tuple[int, int]]]:
     ]
 
 
-def config_of(blocks: tuple[int, int]) -> Config:
-    return Config.of(KERNEL, block_m=blocks[0], block_n=blocks[1], num_warps=1 if blocks[0] < 64 else 4, num_stages=2)
+def config_of(blocks: tuple[int, int], *, tma: bool = False) -> Config:
+    warps = 1 if blocks[0] < 64 else 4
+    return Config.of(KERNEL, block_m=blocks[0], block_n=blocks[1], num_warps=warps, num_stages=2, tma=tma)
+
+
+def can_use_tma() -> bool:
+    return HERE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 
 
 def forward_of(call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +119,8 @@ def problem_of(heads: str, reach: str, **changes: Any) -> Problem:
 @pytest.mark.parametrize(("heads", "reach", "head_dim", "dtype", "blocks"), covering())
 def test_right_in_every_cell(heads: str, reach: str, head_dim: int, dtype: Dtype, blocks: tuple[int, int]) -> None:
     call = random_call(problem_of(heads, reach, head_dim=head_dim, dtype=dtype), HERE, seed=0)
-    assert_right(call, *forward_of(call, config_of(blocks)))
+    for tma in (False, *([True] if can_use_tma() else [])):
+        assert_right(call, *forward_of(call, config_of(blocks, tma=tma)))
 
 
 @pytest.mark.parametrize("dtype", [Dtype.FP16, Dtype.BF16])
@@ -188,47 +195,46 @@ def test_the_grid_is_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 192])
 @pytest.mark.parametrize("v_head_dim", [16, 128, 256])
-def test_the_default_lies_in_the_space_of_every_card(head_dim: int, v_head_dim: int) -> None:
-    problem = Problem(batch=1, heads=1, q_len=1024, head_dim=head_dim, v_head_dim=v_head_dim)
+@pytest.mark.parametrize("dtype", [Dtype.FP16, Dtype.FP32])
+def test_the_default_lies_in_the_space_of_every_card(head_dim: int, v_head_dim: int, dtype: Dtype) -> None:
+    problem = Problem(
+        pass_=Pass.TRAINING, dtype=dtype, batch=1, heads=1, q_len=1024, head_dim=head_dim, v_head_dim=v_head_dim
+    )  # fmt: skip
     for available in (101376, 166912, 232448):  # sm_86, sm_80, sm_90
-        space = Triton().space(problem, card(available))
-        assert space is not None
-        configs = set(space)
-        assert space.default in configs
-        assert all(shared_memory(head_dim, v_head_dim, config.as_dict()) <= available for config in configs)
-        assert all(config["block_m"] >= 16 * config["num_warps"] for config in configs)
+        for role, space in Triton().spaces(problem, card(available)).items():
+            assert space.default in space
+            for config in space:
+                assert least_shared_memory(role, tiles_of(problem, card(available)), config.as_dict()) <= available
 
 
-def card(shared: int) -> Device:
-    return replace(H200, shared_memory=shared)
+def card(shared: int, capability: int = 90) -> Device:
+    return replace(H200, arch=f"sm_{capability}", shared_memory=shared)
 
 
 def test_compiles_without_a_gpu(tmp_path: Path) -> None:
-    """The default and corners of the space compile for sm_80 and sm_90, and need the shared memory we count."""
-    default = Config.of(KERNEL, block_m=128, block_n=64, num_warps=4, num_stages=2)
-    corners = [
-        (80, 64, False, Config.of(KERNEL, block_m=16, block_n=16, num_warps=1, num_stages=1)),
-        (80, 128, True, Config.of(KERNEL, block_m=256, block_n=16, num_warps=8, num_stages=5)),
-        (90, 128, True, Config.of(KERNEL, block_m=128, block_n=128, num_warps=8, num_stages=3)),
-    ]
-    cases = [(capability, dim, True, default) for capability in (80, 90) for dim in (64, 128)] + corners
-    for capability, dim, _, config in cases:
-        space = Triton().space(Problem(batch=1, heads=1, q_len=1024, head_dim=dim), card(166912))
-        assert space is not None
-        assert config in space, f"{config} on sm_{capability}"
-        assert dim == 64 or space.default == default
+    """The defaults and a corner compile for sm_80 and sm_90, and need at least the shared memory we count."""
+    cases: list[tuple[int, str, int, bool, int, Config]] = []
+    for capability, dim in ((80, 128), (90, 64)):
+        problem = Problem(pass_=Pass.TRAINING, batch=1, heads=1, q_len=1024, head_dim=dim, causal=True)
+        spaces = Triton().spaces(problem, card(166912, capability))
+        cases += [(capability, role, dim, True, 0, space.default) for role, space in spaces.items()]
+    corner = Config.of(KERNEL, block_m=256, block_n=16, num_warps=8, num_stages=5, tma=False)
+    masked = Config.of(KERNEL, block_m=64, block_n=64, num_warps=4, num_stages=2, tma=False)
+    cases += [(80, "forward", 128, True, 0, corner), (80, "forward", 56, False, 2, masked)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py"))],
-        input=json.dumps([(capability, dim, causal, config.as_dict()) for capability, dim, causal, config in cases]),
+        input=json.dumps([(*case[:5], case[5].as_dict()) for case in cases]),
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for (capability, dim, _, config), used in zip(cases, json.loads(done.stdout), strict=True):
-        assert used >= shared_memory(dim, dim, config.as_dict()), f"sm_{capability}, head_dim {dim}, {config}"
+    for (capability, role, dim, _, _, config), used in zip(cases, json.loads(done.stdout), strict=True):
+        problem = Problem(batch=1, heads=1, q_len=1024, head_dim=dim)
+        counted = least_shared_memory(role, tiles_of(problem, card(166912, capability)), config.as_dict())
+        assert counted <= used <= 166912, f"sm_{capability}, {role}, head_dim {dim}, {config}: {used}"
 
 
 # on a GPU
@@ -263,9 +269,9 @@ def real() -> list[tuple[str, str, int, Dtype, bool]]:
 def test_right_at_real_sizes(heads: str, reach: str, head_dim: int, dtype: Dtype, narrow: bool) -> None:
     device = devices.select("cuda")
     problem = Problem(**{"batch": 2, "head_dim": head_dim, "dtype": dtype, **REAL_HEADS[heads], **REAL[reach]})
-    space = Triton().space(problem, devices.describe(device))
-    assert space is not None
-    config = Config.of(KERNEL, block_m=64, block_n=32, num_warps=4, num_stages=1) if narrow else space.default
+    space = Triton().spaces(problem, devices.describe(device))["forward"]
+    pointers = Config.of(KERNEL, block_m=64, block_n=32, num_warps=4, num_stages=1, tma=False)
+    config = pointers if narrow else space.default
     assert config in space
     error = Checker(problem, device, seed=0).check(Candidate.of("triton", forward=config))
     assert error.worst <= 1, f"{config}: {error}"

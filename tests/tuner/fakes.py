@@ -35,7 +35,8 @@ class Fake(Backend):
     differentiable = True
     gives_lse = True
 
-    def __init__(self, computes: Computes, refuses: str | None = None) -> None:
+    def __init__(self, computes: Computes, refuses: str | None = None, name: str = "fake") -> None:
+        self.name = name  # type: ignore[misc]  # a fake may stand in for any backend
         self.computes, self.refuses = computes, refuses
         self.calls = 0
 
@@ -47,8 +48,10 @@ class Fake(Backend):
         return self.computes(call)
 
 
-def register(monkeypatch: pytest.MonkeyPatch, computes: Computes, refuses: str | None = None) -> Fake:
-    """Add a backend called `fake` for the length of a test."""
-    backend = Fake(computes, refuses)
-    monkeypatch.setitem(BACKENDS, "fake", backend)
+def register(
+    monkeypatch: pytest.MonkeyPatch, computes: Computes, refuses: str | None = None, name: str = "fake"
+) -> Fake:
+    """Add a backend called `fake`, or let one stand in for the backend of that name, for the length of a test."""
+    backend = Fake(computes, refuses, name)
+    monkeypatch.setitem(BACKENDS, name, backend)
     return backend

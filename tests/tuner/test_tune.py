@@ -20,7 +20,6 @@ from tilewise.domain.job import Budget, JobState
 from tilewise.domain.problem import Pass, Problem
 from tilewise.domain.snapshot import Snapshot, path_beside
 from tilewise.domain.trial import Outcome, Trial
-from tilewise.kernels.backends import BACKENDS
 from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
 from tilewise.tuner import timing
@@ -273,7 +272,7 @@ def test_an_unknown_backend_leaves_nothing_behind(database: Database) -> None:
 
 def test_nothing_is_tuned_where_torchs_own_choice_fails(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setitem(BACKENDS, "sdpa", register(patch, broken))
+        register(patch, broken, name="sdpa")
         with pytest.raises(TuningError, match=r"sdpa fails on .* nothing can be compared: .*the kernel is broken"):
             tuned(database)
     (job,) = jobs(database)
