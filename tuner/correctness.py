@@ -59,7 +59,7 @@ class Checker:
     The cases are the problem itself and small ones of the same kind: lengths that divide by nothing, and, where the
     problem is causal or has a window, first rows that have nothing to attend. The bound per tensor: RMS and maximum
     error at most twice those of matmul, softmax, matmul in the input dtype, plus a floor of two units in the last
-    place of max|reference| (one of its RMS) and four of float32.
+    place of max|reference| (one of its RMS) and eight (four) of float32.
     """
 
     def __init__(self, problem: Problem, device: torch.device, *, seed: int) -> None:
@@ -155,12 +155,14 @@ def _bound(exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> Boun
     finite = exact.masked_fill(~known, 0)
     error = (plain.double() - finite).masked_fill(~known, 0)
     ulp = torch.finfo(dtype).eps
-    # fused kernels use faster exponentials than plain, off by units of float32: SDPA on a CPU exceeded the first term
-    largest_ulp = 2 * ulp + 4 * torch.finfo(torch.float32).eps
+    # fused kernels recompute weights from an LSE that float32 rounds (2e-7 of every weight of a row), and use faster
+    # exponentials: SDPA on a CPU and our float32 backward on an H200 exceeded the first term by so much
+    single = torch.finfo(torch.float32).eps
+    largest_ulp, rms_ulp = 2 * ulp + 8 * single, ulp + 4 * single
     return Bound(
         reference=exact,
         max_error=2 * float(error.abs().max()) + largest_ulp * float(finite.abs().max()) + torch.finfo(dtype).tiny,
         rms_error=2 * float(error.square().mean().sqrt())
-        + ulp * float(finite.square().mean().sqrt())
+        + rms_ulp * float(finite.square().mean().sqrt())
         + torch.finfo(dtype).tiny,
     )

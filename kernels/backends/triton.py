@@ -36,9 +36,8 @@ class Triton(Backend):
         return unsupported_feature(problem, "varlen", "page_size")
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
-        tiles = tiles_of(problem, device)
         roles = ROLES if problem.pass_ is Pass.TRAINING else ROLES[:1]
-        return {role: _space(role, tiles) for role in roles}
+        return {role: _space(role, tiles_of(role, problem, device)) for role in roles}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Imported here: triton is absent where there is no GPU, and this file must still list its backend.
@@ -81,12 +80,17 @@ class Tiles:
         return self.describable and self.capability >= 90
 
 
-def tiles_of(problem: Problem, device: Device) -> Tiles:
+def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
+    """Return what limits the tiles of one role.
+
+    Triton 3.6 computes wrong dK and dV where TMA tiles of query and mask tiles loaded by pointers meet in one pipelined
+    loop (seen on an H200 in half precision, docs/notes/triton.md): with a mask, dkdv has only the pointer path.
+    """
     return Tiles(
         padded(problem.head_dim),
         padded(problem.v_head_dim),
         _ELEMENT_BYTES[problem.dtype],
-        describable(problem),
+        describable(problem) and not (role == "dkdv" and problem.mask != "none"),
         device.capability,
         device.shared_memory,
     )
@@ -161,10 +165,14 @@ _DEFAULTS: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
         128: {"forward": (64, 64, 4, 3), "dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 3)},
         256: {"forward": (64, 64, 4, 3), "dkdv": (32, 64, 4, 3), "dq": (64, 64, 4, 3)},
     },
+    # float32 has no tensor cores at full precision: each dot is unrolled, and large tiles take a minute to compile
+    "single": {
+        512: {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
+        1024: {"forward": (32, 16, 2, 2), "dkdv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)},
+    },
     "pointers": {
         256: {"forward": (128, 64, 4, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
         512: {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
-        1024: {"forward": (32, 16, 2, 2), "dkdv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)},
     },
 }
 
@@ -172,8 +180,8 @@ _DEFAULTS: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
 @functools.lru_cache(maxsize=1024)
 def _default(role: str, tiles: Tiles) -> Config:
     row_bytes = max(tiles.head_dim, tiles.v_head_dim) * tiles.element_bytes
-    tma = tiles.tma and row_bytes <= max(_DEFAULTS["tma"])
-    by_width = _DEFAULTS["tma" if tma else "pointers"]
+    tma = tiles.tma and tiles.element_bytes == 2 and row_bytes <= max(_DEFAULTS["tma"])
+    by_width = _DEFAULTS["tma" if tma else "pointers" if tiles.element_bytes == 2 else "single"]
     width = min(width for width in by_width if width >= row_bytes)
     block_m, block_n, num_warps, num_stages = by_width[width][role]
     return Config.of(

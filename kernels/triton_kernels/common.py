@@ -20,8 +20,11 @@ LOG2E = math.log2(math.e)
 
 @triton.jit
 def tanh(b_x):
-    """Hyperbolic tangent by one exp2; exact at both ends, where exp2 gives infinity or 0."""
-    return 1.0 - 2.0 / (tl.exp2(b_x * 2.8853900817779268) + 1.0)
+    """Hyperbolic tangent by one exp2, and by its series near 0, where the other form cancels."""
+    b_far = 1.0 - 2.0 / (tl.exp2(b_x * 2.8853900817779268) + 1.0)
+    b_x2 = b_x * b_x
+    b_near = b_x * (1.0 + b_x2 * (-1 / 3 + b_x2 * (2 / 15 + b_x2 * (-17 / 315 + b_x2 * (62 / 2835)))))
+    return tl.where(tl.abs(b_x) < 0.25, b_near, b_far)
 
 
 @triton.jit

@@ -204,7 +204,9 @@ def test_the_default_lies_in_the_space_of_every_card(head_dim: int, v_head_dim: 
         for role, space in Triton().spaces(problem, card(available)).items():
             assert space.default in space
             for config in space:
-                assert least_shared_memory(role, tiles_of(problem, card(available)), config.as_dict()) <= available
+                assert (
+                    least_shared_memory(role, tiles_of(role, problem, card(available)), config.as_dict()) <= available
+                )
 
 
 def card(shared: int, capability: int = 90) -> Device:
@@ -233,7 +235,7 @@ def test_compiles_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for (capability, role, dim, _, _, config), used in zip(cases, json.loads(done.stdout), strict=True):
         problem = Problem(batch=1, heads=1, q_len=1024, head_dim=dim)
-        counted = least_shared_memory(role, tiles_of(problem, card(166912, capability)), config.as_dict())
+        counted = least_shared_memory(role, tiles_of(role, problem, card(166912, capability)), config.as_dict())
         assert counted <= used <= 166912, f"sm_{capability}, {role}, head_dim {dim}, {config}: {used}"
 
 
