@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .answer import Answer, Match
 from .config import Candidate, Plan
-from .problem import Problem
+from .problem import MAX_DECODE_Q_LEN, Problem
 from .software import Software
 
 SDPA = Candidate("sdpa")
@@ -19,9 +19,11 @@ PLAIN = Candidate("plain")
 def default_candidate(problem: Problem) -> Candidate:
     """Return what runs when nothing was measured: torch SDPA's own choice wherever SDPA can compute the problem.
 
-    Softcap, varlen and paged caches are outside SDPA; the plain torch form takes them.
+    Softcap, paged caches and varlen other than the lengths of decoding are outside SDPA; the plain torch form takes
+    what it can of them.
     """
-    return PLAIN if problem.softcap or problem.page_size or problem.varlen else SDPA
+    packed = problem.varlen and problem.q_len > MAX_DECODE_Q_LEN
+    return PLAIN if problem.softcap or problem.page_size or packed else SDPA
 
 
 def default_answer(problem: Problem, device_key: str, missed: str) -> Answer:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .cache import flattened
 from .call import Call, allowed
 
 _ALL = slice(None)
@@ -15,6 +16,7 @@ def attention(
     One batch entry and one key head at a time, so that the scores in memory are (H / Hkv, Q, K). Rows with nothing to
     attend give 0 and LSE -inf. With needs_grad the result can be differentiated.
     """
+    call = flattened(call)
     batch, _, heads, _ = call.query.shape
     kv_heads = call.key.shape[2]
     group = heads // kv_heads

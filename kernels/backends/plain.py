@@ -8,6 +8,7 @@ from tilewise.domain.problem import Problem
 
 from .. import reference
 from ..backend import Backend, unsupported_feature
+from ..cache import flattened, unsupported_cache
 from ..call import Call
 
 
@@ -19,8 +20,8 @@ class Plain(Backend):
     gives_lse = True
 
     def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
-        return unsupported_feature(problem, "varlen", "page_size", "dropout")
+        return unsupported_feature(problem, "dropout") or unsupported_cache(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        out, lse = reference.softmax_attention(call)
+        out, lse = reference.softmax_attention(flattened(call))
         return out, lse.float()

@@ -154,7 +154,7 @@ def test_software_of_a_cpu() -> None:
     assert found.torch == str(torch.__version__)
     assert type(found.torch) is str  # torch's own type calls 2.13 and 2.13.0 equal
     assert (found.triton, found.cuda, found.driver, found.cudnn) == (None, None, None, None)
-    assert set(dict(found.kernels)) == {"cpu_tiled", "plain", "sdpa", "triton_forward"}
+    assert set(dict(found.kernels)) == {"cpu_tiled", "plain", "sdpa", "triton_decode", "triton_forward"}
     assert Software.parse(found.key) == found
 
 
@@ -166,6 +166,7 @@ def test_software_of_a_cpu() -> None:
         ("sdpa_math", {"sdpa"}, {"torch"}),
         ("plain", {"plain"}, {"torch"}),
         ("triton", {"triton_forward"}, set()),
+        ("triton_decode", {"triton_decode"}, set()),
     ],
 )
 def test_what_each_backend_depends_on(backend: str, kernels: set[str], libraries: set[str]) -> None:
@@ -188,6 +189,8 @@ def test_every_backend_has_a_hash_of_its_source(backend: str) -> None:
         ("reference.py", "plain"),
         ("backends/sdpa.py", "sdpa"),
         ("triton_kernels/forward.py", "triton_forward"),
+        ("triton_kernels/decode.py", "triton_decode"),
+        ("triton_kernels/combine.py", "triton_decode"),
     ],
 )
 def test_a_changed_source_changes_its_hash_alone(
