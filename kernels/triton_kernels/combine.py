@@ -1,4 +1,4 @@
-"""Combine the partial results of splits of the keys (FlashDecoding, Dao et al. 2023): the second kernel of decode.py."""
+"""The second kernel of decoding: combine the partial results of splits of the keys (FlashDecoding, Dao et al. 2023)."""
 
 import triton
 import triton.language as tl

@@ -7,6 +7,7 @@ copies into shared memory and of narrower ones.
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -95,5 +96,5 @@ def combine(capability: int, dtype: str, v_head_dim: int, num_splits: int) -> li
 
 
 if __name__ == "__main__":
-    kinds = {"decode": decode, "combine": combine}
+    kinds: dict[str, Callable[..., list[int]]] = {"decode": decode, "combine": combine}
     json.dump([kinds[kind](*case) for kind, *case in json.load(sys.stdin)], sys.stdout)
