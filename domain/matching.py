@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .answer import Answer, Match
 from .config import Candidate, Plan
-from .problem import Problem
+from .problem import MAX_DECODE_Q_LEN, Problem
 from .software import Software
 
 SDPA = Candidate("sdpa")
@@ -19,10 +19,11 @@ PLAIN = Candidate("plain")
 def default_candidate(problem: Problem) -> Candidate:
     """Return what runs when nothing was measured: torch SDPA's own choice wherever SDPA can compute the problem.
 
-    Softcap, varlen, paged caches and the promise of the same bits are outside SDPA; the plain torch form takes them.
+    Softcap, paged caches, varlen other than the lengths of decoding and the promise of the same bits are outside SDPA;
+    the plain torch form takes what it can of them.
     """
-    outside = problem.softcap or problem.page_size or problem.varlen or problem.deterministic
-    return PLAIN if outside else SDPA
+    packed = problem.varlen and problem.q_len > MAX_DECODE_Q_LEN
+    return PLAIN if problem.softcap or problem.page_size or packed or problem.deterministic else SDPA
 
 
 def default_answer(problem: Problem, device_key: str, missed: str) -> Answer:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tilewise.domain.errors import InputError
-from tilewise.domain.problem import Dtype, Problem
+from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 
 TORCH_DTYPES = {Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16, Dtype.FP32: torch.float32}
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -21,6 +21,13 @@ class Call:
     - alibi_slopes: float32, (H,) or (B, H); adds -slope * |i + K - Q - j|.
     - softcap: scores become softcap * tanh(scores / softcap) where it is above 0.
     - dropout: share of the weights that are set to 0, the others being scaled by 1 / (1 - dropout); seed says which.
+
+    Decoding (q_len up to 16) may have two more, int32 on the device of the tensors:
+
+    - kv_lengths: (B,), the keys of each row of the batch: its first kv_lengths[b], from whose end its diagonal counts;
+      None where every row has problem.kv_len. What lies behind is never read.
+    - block_table: (B, max_pages), the pages of each row in order; key and value are then (pages, page_size, Hkv, D).
+      Entries of which no key is attended may hold anything.
     """
 
     problem: Problem
@@ -33,6 +40,8 @@ class Call:
     softcap: float = 0.0
     dropout: float = 0.0
     seed: int = 0
+    kv_lengths: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
 
     @property
     def mask_is_bool(self) -> bool:
@@ -47,8 +56,11 @@ class Call:
         return replace(self, query=query, key=key, value=value)
 
 
-def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Raise InputError unless BSHD query, key and value fit together and have a dtype that kernels take."""
+def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, paged: bool = False) -> None:
+    """Raise InputError unless BSHD query, key and value fit together and have a dtype that kernels take.
+
+    `paged`: key and value are (pages, page_size, heads, head_dim), and their first size is not the query's.
+    """
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise InputError(f"expected 4 dimensions (batch, seq, heads, head_dim), got {shapes}")
@@ -61,8 +73,8 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         raise InputError(f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}")
     if not query.device == key.device == value.device:
         raise InputError(f"expected one device, got query {query.device}, key {key.device}, value {value.device}")
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise InputError(f"expected one batch size, got {shapes}")
+    if key.shape[0] != value.shape[0] or (not paged and query.shape[0] != key.shape[0]):
+        raise InputError(f"expected one {'number of pages' if paged else 'batch size'}, got {shapes}")
     if key.shape[1:3] != value.shape[1:3]:
         raise InputError(f"expected key and value of the same length and heads, got {shapes}")
     if query.shape[3] != key.shape[3]:
@@ -72,6 +84,67 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     if query.shape[2] % key.shape[2]:
         raise InputError(
             f"query heads must be a multiple of key heads, got {query.shape[2]} and {key.shape[2]} ({shapes})"
+        )
+
+
+def check_cache(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_lengths: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
+    """Raise InputError unless the tensors of a decoding call fit together; their values are not looked at.
+
+    query (B, Q, H, D) with Q up to 16; caches (B, K, Hkv, D or Dv), or (pages, page_size, Hkv, D or Dv) with a
+    block_table (B, max_pages); kv_lengths (B,).
+    """
+    check_tensors(query, key_cache, value_cache, paged=block_table is not None)
+    batch = query.shape[0]
+    if query.shape[1] > MAX_DECODE_Q_LEN:
+        raise InputError(
+            f"decoding takes at most {MAX_DECODE_Q_LEN} queries a row, got query {tuple(query.shape)}; "
+            "use tilewise.attention"
+        )
+    if kv_lengths is not None and tuple(kv_lengths.shape) != (batch,):
+        raise InputError(f"lengths: expected shape (batch,) = ({batch},), got {tuple(kv_lengths.shape)}")
+    if block_table is not None and (
+        block_table.dim() != 2 or block_table.shape[0] != batch or block_table.shape[1] == 0
+    ):
+        raise InputError(
+            f"block_table: expected shape (batch, max_pages) = ({batch}, 1 or more), got {tuple(block_table.shape)}"
+        )
+    for name, tensor in (("lengths", kv_lengths), ("block_table", block_table)):
+        if tensor is not None and (tensor.dtype is not torch.int32 or tensor.device != query.device):
+            raise InputError(
+                f"{name}: expected int32 on {query.device} like query, got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def check_cache_values(call: Call) -> None:
+    """Raise InputError for a length that the cache cannot hold, or a page in reach that does not exist.
+
+    Copies lengths and table to the host: on a GPU this waits for the device.
+    """
+    kv_len = call.problem.kv_len
+    lengths = torch.full((call.query.shape[0],), kv_len) if call.kv_lengths is None else call.kv_lengths.cpu()
+    if not bool(((lengths >= 0) & (lengths <= kv_len)).all()):
+        raise InputError(
+            f"lengths: expected 0 to {kv_len}, what the cache holds, got {int(lengths.min())} to {int(lengths.max())}"
+        )
+    if call.block_table is None:
+        return
+    table, (pages, page_size) = call.block_table.cpu(), call.key.shape[:2]
+    first_key = torch.arange(table.shape[1])[None, :] * page_size
+    reached = first_key < lengths[:, None]
+    if call.window[0] != -1:
+        reached &= first_key + page_size > lengths[:, None] - call.query.shape[1] - call.window[0]
+    wrong = reached & ((table < 0) | (table >= pages))
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"block_table: expected pages 0 to {pages - 1} for the keys in reach, got {int(table[row, column])} at "
+            f"({row}, {column})"
         )
 
 

@@ -184,8 +184,9 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
     folder = Path(__file__).parent
     sources = {
         "cpu_tiled": [folder / "backends/tiled_cpu.py"],
-        "plain": [folder / "backends/plain.py", folder / "reference.py"],
-        "sdpa": [folder / "backends/sdpa.py"],
+        "plain": [folder / "backends/plain.py", folder / "reference.py", folder / "cache.py"],
+        "sdpa": [folder / "backends/sdpa.py", folder / "cache.py"],
+        "triton_decode": [folder / "triton_kernels/decode.py", folder / "triton_kernels/combine.py"],
         "triton_forward": [folder / "triton_kernels/common.py", folder / "triton_kernels/forward.py"],
         "triton_backward": [folder / "triton_kernels/backward.py", folder / "triton_kernels/bias.py"],
     }

@@ -3,43 +3,98 @@
 import torch
 
 from tilewise.domain.errors import UnsupportedError
-from tilewise.domain.problem import Layout, Problem
+from tilewise.domain.problem import MAX_DECODE_Q_LEN, Layout, Problem
 
 from .call import TORCH_DTYPES, Call
 
 SOFTCAP = 30.0
+SPARE_PAGES = 3  # of a paged cache: held by no row
+NO_PAGE = 2**31 - 1  # a table entry that must not be followed
 
 
 def random_call(problem: Problem, device: torch.device, *, seed: int) -> Call:
     """Return a Call for `problem` with standard normal tensors, the same for the same seed and device.
 
     A bool mask leaves 4 of 5 pairs, masks every eighth row of queries wholly and the first half of the keys for
-    another; slopes are those of the ALiBi paper
-    (Press et al. 2022, section 3); softcap is 30. Raises UnsupportedError for paged, varlen and dropout problems.
+    another; slopes are those of the ALiBi paper (Press et al. 2022, section 3); softcap is 30. Decoding: lengths are
+    full, 0 and 1 for the first rows and random for the others; pages are shuffled; places of a cache that are never
+    read hold NaN, and table entries of such pages do not exist. Raises UnsupportedError for dropout and other varlen
+    problems.
     """
-    if problem.varlen or problem.page_size or problem.dropout:
-        raise UnsupportedError(
-            f"{problem.key}: varlen, paged and dropout problems cannot be tuned yet; tune the same problem without"
-        )
+    if problem.dropout:
+        raise UnsupportedError(f"{problem.key}: dropout problems cannot be tuned yet; tune the same problem without")
+    if (problem.varlen or problem.page_size) and problem.q_len > MAX_DECODE_Q_LEN:
+        raise UnsupportedError(f"{problem.key}: inputs with lengths or pages can be made for q_len up to 16 only")
     generator = torch.Generator(device).manual_seed(seed)
     dtype = TORCH_DTYPES[problem.dtype]
 
-    def normal(length: int, heads: int, dim: int) -> torch.Tensor:
+    def normal(length: int, heads: int, dim: int, batch: int = problem.batch) -> torch.Tensor:
         if problem.layout is Layout.BHSD:
-            shape = (problem.batch, heads, length, dim)
+            shape = (batch, heads, length, dim)
             return torch.randn(shape, generator=generator, device=device, dtype=dtype).transpose(1, 2)
-        return torch.randn((problem.batch, length, heads, dim), generator=generator, device=device, dtype=dtype)
+        return torch.randn((batch, length, heads, dim), generator=generator, device=device, dtype=dtype)
 
+    table = _table(problem, generator, device) if problem.page_size else None
+    lengths = _lengths(problem, generator, device) if problem.varlen else None
+    rows = problem.batch if table is None else table.numel() + SPARE_PAGES
+    length = problem.page_size or problem.kv_len
+    query = normal(problem.q_len, problem.heads, problem.head_dim)
+    key = normal(length, problem.kv_heads, problem.head_dim, rows)
+    value = normal(length, problem.kv_heads, problem.v_head_dim, rows)
+    if table is not None or lengths is not None:
+        _poison(problem, key, value, lengths, table)
     return Call(
         problem=problem,
-        query=normal(problem.q_len, problem.heads, problem.head_dim),
-        key=normal(problem.kv_len, problem.kv_heads, problem.head_dim),
-        value=normal(problem.kv_len, problem.kv_heads, problem.v_head_dim),
+        query=query,
+        key=key,
+        value=value,
         scale=problem.head_dim**-0.5,
         mask=_mask(problem, generator, device),
         alibi_slopes=_slopes(problem.heads, device) if problem.alibi else None,
         softcap=SOFTCAP if problem.softcap else 0.0,
+        kv_lengths=lengths,
+        block_table=table,
     )
+
+
+def _table(problem: Problem, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    each = -(-problem.kv_len // problem.page_size)
+    shuffled = torch.randperm(problem.batch * each + SPARE_PAGES, generator=generator, device=device)
+    return shuffled[: problem.batch * each].view(problem.batch, each).to(torch.int32)
+
+
+def _lengths(problem: Problem, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    shape = (problem.batch,)
+    lengths = torch.randint(problem.kv_len + 1, shape, generator=generator, device=device, dtype=torch.int32)
+    for row, length in enumerate((problem.kv_len, 0, 1)[: problem.batch]):
+        lengths[row] = length
+    return lengths
+
+
+def _poison(
+    problem: Problem,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor | None,
+    table: torch.Tensor | None,
+) -> None:
+    """Fill what no query attends with NaN, and the table entries of pages without a key in reach with nonsense."""
+    columns = torch.arange(problem.kv_len, device=key.device)
+    held = torch.full((problem.batch,), problem.kv_len, device=key.device) if lengths is None else lengths
+    left = (problem.window or (-1, -1))[0]
+    first = torch.zeros_like(held) if left == -1 else held - problem.q_len - left
+    read = (columns < held[:, None]) & (columns >= first[:, None])
+    if table is not None:
+        slots = table.long()[:, columns // problem.page_size] * problem.page_size + columns % problem.page_size
+        reached = torch.zeros(key.shape[0] * problem.page_size, dtype=torch.bool, device=key.device)
+        reached[slots[read]] = True
+        in_reach = torch.zeros_like(table, dtype=torch.bool)
+        rows, places = read.nonzero(as_tuple=True)
+        in_reach[rows, places // problem.page_size] = True
+        table.masked_fill_(~in_reach, NO_PAGE)
+        read = reached.view(-1, problem.page_size)
+    for tensor in (key, value):
+        tensor.masked_fill_(~read[:, :, None, None], torch.nan)
 
 
 def _mask(problem: Problem, generator: torch.Generator, device: torch.device) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from .cache import flattened
 from .call import Call, allowed
 
 _ALL = slice(None)
@@ -18,6 +19,7 @@ def attention(
     attend give 0 and LSE -inf. With needs_grad the result can be differentiated. `keep`, bool (B, H, Q, K), says which
     weights dropout leaves.
     """
+    call = flattened(call)
     batch, _, heads, _ = call.query.shape
     kv_heads = call.key.shape[2]
     group = heads // kv_heads

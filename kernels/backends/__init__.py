@@ -9,8 +9,11 @@ from .plain import Plain
 from .sdpa import SDPA_BACKENDS
 from .tiled_cpu import TiledCpu
 from .triton import Triton
+from .triton_decode import TritonDecode
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (*SDPA_BACKENDS, Triton(), TiledCpu(), Plain())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (*SDPA_BACKENDS, Triton(), TritonDecode(), TiledCpu(), Plain())
+}
 
 
 def backend_named(name: str) -> Backend:

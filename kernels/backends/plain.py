@@ -7,7 +7,8 @@ from tilewise.domain.device import Device
 from tilewise.domain.problem import Problem
 
 from .. import reference
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend
+from ..cache import flattened, unsupported_cache
 from ..call import Call
 
 
@@ -19,10 +20,10 @@ class Plain(Backend):
     gives_lse = True
 
     def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
-        return unsupported_feature(problem, "varlen", "page_size")
+        return unsupported_cache(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        out, lse = reference.softmax_attention(call, keep=_keep(call) if call.dropout > 0 else None)
+        out, lse = reference.softmax_attention(flattened(call), keep=_keep(call) if call.dropout > 0 else None)
         return out, lse.float()
 
 

@@ -13,19 +13,24 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Dtype, Problem
 
 from ..backend import Backend, unsupported_feature
+from ..cache import flattened, unsupported_cache
 from ..call import Call, allowed
 
 
 class Sdpa(Backend):
-    """SDPA, left to choose by itself. What it has no argument for (windows, ALiBi, bottom-right) becomes a mask."""
+    """SDPA, left to choose by itself.
+
+    What it has no argument for (windows, ALiBi, bottom-right, lengths) becomes a mask.
+    """
 
     name = "sdpa"
     differentiable = True
 
     def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
-        return unsupported_feature(problem, "softcap", "varlen", "page_size", "deterministic")
+        return unsupported_feature(problem, "softcap", "page_size", "deterministic") or unsupported_cache(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
+        call = flattened(call)
         query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
         given = _given(call)
         with _seeded(call):
@@ -98,7 +103,7 @@ class SdpaFlash(_ChosenCuda):
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if _needs_mask(problem):
-            return "takes no mask, and a window, ALiBi or q_len != kv_len needs one"
+            return "takes no mask, and a window, ALiBi, lengths or q_len != kv_len needs one"
         if problem.head_dim > 256 or problem.v_head_dim != problem.head_dim:
             return "needs one head_dim of at most 256"
         return None
@@ -125,7 +130,7 @@ SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), SdpaCudnn(), SdpaFlash(), SdpaEffi
 def _needs_mask(problem: Problem) -> bool:
     """Whether what is attended cannot be said by SDPA's is_causal, which is aligned top-left."""
     causal_needs_mask = problem.causal and problem.q_len not in (1, problem.kv_len)
-    return problem.mask != "none" or problem.alibi or problem.window is not None or causal_needs_mask
+    return problem.mask != "none" or problem.alibi or problem.window is not None or causal_needs_mask or problem.varlen
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
     import tilewise
     out = tilewise.attention(query, key, value, causal=True)        # the fastest known way on this device
+    out = tilewise.decode(query, keys, values, lengths=lengths)     # a few new tokens against a cache
     tilewise.configure(source="http://tilewise.internal:8000")      # ask a service, not the local snapshot
     tilewise.ready()                                                # seal the answers before the first step
     tilewise.answer(problem)                                        # what would run, and why
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tilewise.domain.errors import TilewiseError
     from tilewise.domain.problem import Problem
     from tilewise.layers.attention import attention
+    from tilewise.layers.decode import decode
     from tilewise.layers.multi_head import FastMultiHeadSelfAttention
     from tilewise.layers.session import answer, configure, ready, refresh
 
@@ -40,6 +42,7 @@ _HOMES = {
     "answer": "layers.session",
     "attention": "layers.attention",
     "configure": "layers.session",
+    "decode": "layers.decode",
     "ready": "layers.session",
     "refresh": "layers.session",
 }
@@ -58,6 +61,7 @@ __all__ = [
     "answer",
     "attention",
     "configure",
+    "decode",
     "ready",
     "refresh",
 ]

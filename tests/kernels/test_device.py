@@ -154,7 +154,9 @@ def test_software_of_a_cpu() -> None:
     assert found.torch == str(torch.__version__)
     assert type(found.torch) is str  # torch's own type calls 2.13 and 2.13.0 equal
     assert (found.triton, found.cuda, found.driver, found.cudnn) == (None, None, None, None)
-    assert set(dict(found.kernels)) == {"cpu_tiled", "plain", "sdpa", "triton_backward", "triton_forward"}
+    assert set(dict(found.kernels)) == {
+        "cpu_tiled", "plain", "sdpa", "triton_backward", "triton_decode", "triton_forward"
+    }  # fmt: skip
     assert Software.parse(found.key) == found
 
 
@@ -166,6 +168,7 @@ def test_software_of_a_cpu() -> None:
         ("sdpa_math", {"sdpa"}, {"torch"}),
         ("plain", {"plain"}, {"torch"}),
         ("triton", {"triton_backward", "triton_forward"}, set()),
+        ("triton_decode", {"triton_decode"}, set()),
     ],
 )
 def test_what_each_backend_depends_on(backend: str, kernels: set[str], libraries: set[str]) -> None:
@@ -191,6 +194,8 @@ def test_every_backend_has_a_hash_of_its_source(backend: str) -> None:
         ("triton_kernels/forward.py", "triton_forward"),
         ("triton_kernels/backward.py", "triton_backward"),
         ("triton_kernels/bias.py", "triton_backward"),
+        ("triton_kernels/decode.py", "triton_decode"),
+        ("triton_kernels/combine.py", "triton_decode"),
     ],
 )
 def test_a_changed_source_changes_its_hash_alone(
