@@ -19,11 +19,14 @@ class Backend(abc.ABC):
     - name: as it stands in candidates and the database.
     - differentiable: torch can differentiate through `forward` by itself; otherwise `kernels.run` supplies a backward.
     - gives_lse: `forward` returns the LSE.
+    - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
+      cannot afford that skips the backend.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
+    compile_seconds: ClassVar[float] = 0.0
 
     @abc.abstractmethod
     def supports(self, problem: Problem, device: Device) -> str | None:

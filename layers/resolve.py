@@ -17,8 +17,10 @@ from . import session
 
 log = logging.getLogger("tilewise")
 
-# What a layer's kernel_type means; "flash" is torch's own flash path until a flash_attn package is a backend.
-KERNEL_TYPES = {"auto": "auto", "flash": "sdpa_flash", "triton": "triton", "sdpa": "sdpa", "pytorch": "plain"}
+# A name that stands for several backends: the first that supports the problem here runs.
+FAMILIES = {"any_flash": ("flash_cute", "flash", "sdpa_flash")}
+# What a layer's kernel_type means, as a name that `resolve` takes.
+KERNEL_TYPES = {"auto": "auto", "flash": "any_flash", "triton": "triton", "sdpa": "sdpa", "pytorch": "plain"}
 
 
 @dataclass(slots=True)
@@ -30,11 +32,12 @@ class Resolved:
 
 
 def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse: bool, strict: bool) -> Resolved:
-    """Return what runs for `problem`: the answer's plan for `auto`, else the named backend.
+    """Return what runs for `problem`: the answer's plan for `auto`, else the named backend or one of a family.
 
     A plan or backend that cannot run here gives torch's own choice and one warning, or raises with `strict`.
     """
     answer = session.client_for(device).answer(problem)
+    backend = _member(backend, problem, device)
     if backend == "auto":
         candidate = answer.plan.forward
     else:
@@ -49,6 +52,15 @@ def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse:
     if return_lse and not backend_named(candidate.backend).gives_lse:
         candidate = _with_lse(problem, device)
     return Resolved(problem, candidate)
+
+
+def _member(name: str, problem: Problem, device: torch.device) -> str:
+    """Return the backend that runs for `name`, itself unless it is a family; the last where none supports `problem`."""
+    members = FAMILIES.get(name)
+    if members is None:
+        return name
+    described = devices.describe(device)
+    return next((each for each in members if backend_named(each).supports(problem, described) is None), members[-1])
 
 
 def _of_backend(answer: Answer, backend: str) -> Candidate:

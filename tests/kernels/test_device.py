@@ -154,7 +154,9 @@ def test_software_of_a_cpu() -> None:
     assert found.torch == str(torch.__version__)
     assert type(found.torch) is str  # torch's own type calls 2.13 and 2.13.0 equal
     assert (found.triton, found.cuda, found.driver, found.cudnn) == (None, None, None, None)
-    assert set(dict(found.kernels)) == {"cpu_tiled", "plain", "sdpa", "triton_forward"}
+    assert set(dict(found.kernels)) == {
+        "cpu_tiled", "flash", "flash_cute", "flex", "plain", "sdpa", "triton_forward",
+    }  # fmt: skip
     assert Software.parse(found.key) == found
 
 
@@ -166,6 +168,10 @@ def test_software_of_a_cpu() -> None:
         ("sdpa_math", {"sdpa"}, {"torch"}),
         ("plain", {"plain"}, {"torch"}),
         ("triton", {"triton_forward"}, set()),
+        ("flex", {"flex"}, {"torch"}),
+        ("flex_cpu", {"flex"}, {"torch"}),
+        ("flash", {"flash"}, {"torch"}),
+        ("flash_cute", {"flash_cute"}, set()),
     ],
 )
 def test_what_each_backend_depends_on(backend: str, kernels: set[str], libraries: set[str]) -> None:
@@ -188,6 +194,9 @@ def test_every_backend_has_a_hash_of_its_source(backend: str) -> None:
         ("reference.py", "plain"),
         ("backends/sdpa.py", "sdpa"),
         ("triton_kernels/forward.py", "triton_forward"),
+        ("backends/flex.py", "flex"),
+        ("backends/flash.py", "flash"),
+        ("backends/flash_cute.py", "flash_cute"),
     ],
 )
 def test_a_changed_source_changes_its_hash_alone(
