@@ -79,7 +79,7 @@ def classify(raised: Exception) -> Outcome:
     kinds = {kind.__name__ for kind in type(raised).__mro__}
     if "OutOfMemoryError" in kinds or "OutOfResources" in kinds or isinstance(raised, MemoryError):
         return Outcome.OUT_OF_RESOURCES
-    if "InductorError" in kinds and "out of resource" in str(raised):  # Triton's OutOfResources, passed on as text
+    if kinds & COMPILER_ERRORS and "out of resource" in str(raised):  # Triton's OutOfResources, passed on as text
         return Outcome.OUT_OF_RESOURCES
     if kinds & COMPILER_ERRORS or "PassManager::run failed" in str(raised):
         return Outcome.COMPILE_FAILED

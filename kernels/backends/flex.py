@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -222,7 +223,9 @@ class Program:
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         self.compilations += 1
-        return compiler()(graph, inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # inductor's own, of other parts of torch
+            return compiler()(graph, inputs)
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         found: tuple[torch.Tensor, torch.Tensor | None] = self._run(*tensors)
