@@ -14,7 +14,14 @@ from .timing import Clock, screen
 MESSAGE_LIMIT = 2000
 SCREEN_SECONDS = 0.6
 # Triton's, and those of torch.compile and the CuTe DSL
-COMPILER_ERRORS = {"CompilationError", "PTXASError", "TorchDynamoException", "InductorError", "DSLBaseError"}
+COMPILER_ERRORS = {
+    "CompilationError",
+    "PTXASError",
+    "TorchDynamoException",
+    "InductorError",
+    "DSLBaseError",
+    "MLIRError",
+}
 
 
 class Bench:

@@ -120,6 +120,8 @@ def _why_not_arch(problem: Problem, device: Device) -> str | None:
     if problem.pass_ is Pass.TRAINING:
         if family == 8:
             return f"its backward needs sm_90 or newer, this is {device.arch}"
+        if problem.heads != problem.kv_heads and problem.head_dim != problem.v_head_dim:
+            return "its backward for grouped heads needs one head_dim"
         if family == 12 and (problem.softcap or problem.deterministic):
             return f"its backward on {device.arch} has no softcap and is not deterministic"
     return None

@@ -267,6 +267,8 @@ def card(arch: str) -> Device:
         ("sm_80", {"pass_": Pass.TRAINING}, "its backward needs sm_90 or newer, this is sm_80"),
         ("sm_90", {"pass_": Pass.TRAINING, "softcap": True, "deterministic": True}, None),
         ("sm_120", {"pass_": Pass.TRAINING, "softcap": True}, "its backward on sm_120 has no softcap"),
+        ("sm_90", {"pass_": Pass.TRAINING, "head_dim": 192, "v_head_dim": 128}, None),
+        ("sm_90", {"pass_": Pass.TRAINING, "head_dim": 192, "v_head_dim": 128, "kv_heads": 2}, "needs one head_dim"),
         ("sm_90", {"dtype": Dtype.FP32}, "needs fp16 or bf16"),
         ("sm_90", {"head_dim": 56, "window": (5, 7)}, None),
         ("sm_90", {"head_dim": 20}, "needs head_dim in multiples of 8"),
@@ -406,7 +408,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "causal window": {"window": (70, 0)},
     "softcap": {"softcap": True, "causal": True},
     "head_dim 56": {"causal": True, "head_dim": 56},
-    "192 and 128": {"causal": True, "head_dim": 192, "v_head_dim": 128},
+    "192 and 128": {"causal": True, "head_dim": 192, "v_head_dim": 128, "kv_heads": 4},
 }
 
 
