@@ -18,9 +18,10 @@ _DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "sdpa_efficient": ("torch", "cuda", "driver", "kernel:sdpa"),
     "sdpa_math": ("torch", "cuda", "driver", "kernel:sdpa"),
     "plain": ("torch", "cuda", "driver", "kernel:plain"),
-    "flex": ("torch", "triton", "driver"),
-    "flash": ("flash_attn", "torch", "cuda", "driver"),
-    "flash_cute": ("flash_attn", "cute_dsl", "driver"),
+    "flex": ("torch", "triton", "driver", "kernel:flex"),
+    "flex_cpu": ("torch", "kernel:flex"),
+    "flash": ("flash_attn", "torch", "cuda", "driver", "kernel:flash"),
+    "flash_cute": ("flash_attn", "cute_dsl", "driver", "kernel:flash_cute"),
 }
 _TOKEN = re.compile(r"(?P<name>[a-z_:0-9]+)@(?P<version>[A-Za-z0-9._+\-]+)")
 

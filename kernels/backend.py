@@ -33,12 +33,15 @@ class Backend(abc.ABC):
     - differentiable: torch can differentiate through `forward` by itself.
     - has_backward: it has a `backward` of its own; where neither holds, `kernels.run` recomputes through torch.
     - gives_lse: `forward` returns the LSE.
+    - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
+      cannot afford that skips the backend.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
     has_backward: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
+    compile_seconds: ClassVar[float] = 0.0
 
     @abc.abstractmethod
     def supports(self, problem: Problem, device: Device) -> str | None:

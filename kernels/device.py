@@ -184,6 +184,9 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
     folder = Path(__file__).parent
     sources = {
         "cpu_tiled": [folder / "backends/tiled_cpu.py"],
+        "flash": [folder / "backends/flash.py"],
+        "flash_cute": [folder / "backends/flash_cute.py"],
+        "flex": [folder / "backends/flex.py"],
         "plain": [folder / "backends/plain.py", folder / "reference.py", folder / "cache.py"],
         "sdpa": [folder / "backends/sdpa.py", folder / "cache.py"],
         "triton_decode": [folder / "triton_kernels/decode.py", folder / "triton_kernels/combine.py"],

@@ -19,8 +19,10 @@ from . import session
 
 log = logging.getLogger("tilewise")
 
-# What a layer's kernel_type means; "flash" is torch's own flash path until a flash_attn package is a backend.
-KERNEL_TYPES = {"auto": "auto", "flash": "sdpa_flash", "triton": "triton", "sdpa": "sdpa", "pytorch": "plain"}
+# A name that stands for several backends: the first that supports the problem here runs.
+FAMILIES = {"any_flash": ("flash_cute", "flash", "sdpa_flash")}
+# What a layer's kernel_type means, as a name that `resolve` takes.
+KERNEL_TYPES = {"auto": "auto", "flash": "any_flash", "triton": "triton", "sdpa": "sdpa", "pytorch": "plain"}
 
 # What failed here when it ran, for the life of the process: a growing cache must not fail, and warn, at every length.
 _demoted: set[tuple[torch.device, Candidate, Problem]] = set()
@@ -37,16 +39,17 @@ class Resolved:
 
 
 def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse: bool, strict: bool) -> Resolved:
-    """Return what runs for `problem`: the answer's plan for `auto`, else the named backend.
+    """Return what runs for `problem`: the answer's plan for `auto`, else the named backend or one of a family.
 
     A plan or backend that cannot run here gives torch's own choice and one warning, or raises with `strict`.
     """
     # torch's own choice keeps the LSE to itself; its plain form gives it
     fallback = PLAIN if return_lse else default_candidate(problem)
-    if backend != "auto":
+    if backend != "auto" and backend not in FAMILIES:
         backend_named(backend)
     try:
         described = devices.describe(device)
+        backend = _member(backend, problem, described)
         answer = session.client_for(device).answer(problem)
     except (DeviceError, SettingsError) as error:  # no device to ask about, or no client to ask
         if strict:
@@ -87,6 +90,14 @@ def _warn(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         log.warning("%s", message)
+
+
+def _member(name: str, problem: Problem, device: Device) -> str:
+    """Return the backend that runs for `name`, itself unless it is a family; the last where none supports `problem`."""
+    members = FAMILIES.get(name)
+    if members is None:
+        return name
+    return next((each for each in members if backend_named(each).supports(problem, device) is None), members[-1])
 
 
 def _of_backend(answer: Answer, backend: str) -> Candidate:

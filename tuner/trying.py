@@ -13,6 +13,15 @@ from .timing import Clock, screen
 
 MESSAGE_LIMIT = 2000
 SCREEN_SECONDS = 0.6
+# Triton's, and those of torch.compile and the CuTe DSL
+COMPILER_ERRORS = {
+    "CompilationError",
+    "PTXASError",
+    "TorchDynamoException",
+    "InductorError",
+    "DSLBaseError",
+    "MLIRError",
+}
 
 
 class Bench:
@@ -60,12 +69,12 @@ class Bench:
             attempt=self._attempt,
         )
 
-    def unsupported(self, candidate: Candidate, reason: str) -> Trial:
-        """Return the trial of a backend that refuses the problem."""
+    def refused(self, candidate: Candidate, reason: str, outcome: Outcome = Outcome.UNSUPPORTED) -> Trial:
+        """Return the trial of a candidate that is not run, for `reason`."""
         return Trial(
             candidate=candidate,
             stage=self._stage,
-            outcome=Outcome.UNSUPPORTED,
+            outcome=outcome,
             message=reason,
             job=self._job,
             attempt=self._attempt,
@@ -77,7 +86,9 @@ def classify(raised: Exception) -> Outcome:
     kinds = {kind.__name__ for kind in type(raised).__mro__}
     if "OutOfMemoryError" in kinds or "OutOfResources" in kinds or isinstance(raised, MemoryError):
         return Outcome.OUT_OF_RESOURCES
-    if "CompilationError" in kinds or "PTXASError" in kinds or "PassManager::run failed" in str(raised):
+    if kinds & COMPILER_ERRORS and "out of resource" in str(raised):  # Triton's OutOfResources, passed on as text
+        return Outcome.OUT_OF_RESOURCES
+    if kinds & COMPILER_ERRORS or "PassManager::run failed" in str(raised):
         return Outcome.COMPILE_FAILED
     if isinstance(raised, UnsupportedError | NotImplementedError) or "No available kernel" in str(raised):
         return Outcome.UNSUPPORTED

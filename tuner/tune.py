@@ -1,6 +1,5 @@
 """Tunes one problem on one device: defaults, search, interleaved final, verdict, kept."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tilewise.domain.software import Software
 from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
+from tilewise.kernels.backend import Backend
 from tilewise.kernels.backends import BACKENDS, backend_named
 
 from .correctness import Checker
@@ -38,6 +38,10 @@ MAX_SWAPS = 5
 # and the evidence then tells how every serious backend did.
 CONTENDER = 1.5
 MAX_FINAL_SECONDS = 60.0
+# The share of the search's seconds that compiling one config of a backend may take.
+AFFORDABLE = 0.5
+# Outcomes of what was not run.
+NOT_TRIED = (Outcome.UNSUPPORTED, Outcome.SKIPPED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,7 @@ class _Tuning:
         self._software: Software = devices.software(self._device.kind)
         self._default = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
+        self._named = frozenset(backends)
         self._tried: dict[Candidate, Trial] = {}
         self._start = time.monotonic()
 
@@ -133,7 +138,7 @@ class _Tuning:
                 # torch's own choice is what everything is compared with: had it failed once, nothing could be tuned
                 and (trial.candidate != self._default or trial.outcome is Outcome.OK)
             }
-        return sum(trial.outcome is not Outcome.UNSUPPORTED for trial in self._tried.values())
+        return sum(trial.outcome not in NOT_TRIED for trial in self._tried.values())
 
     def _try_defaults(self, bench: Bench) -> dict[tuple[str, str], SearchSpace]:
         """Try every backend's default, torch's own choice first; return the spaces to search, by backend and role."""
@@ -146,8 +151,12 @@ class _Tuning:
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
             candidate = Candidate(name) if reason else backend.default(self._problem, self._device)
+            skipped = self._why_skipped(backend) if reason is None and candidate not in self._tried else None
+            if skipped is not None:
+                self._keep(bench.refused(candidate, skipped, Outcome.SKIPPED))
+                continue
             if candidate not in self._tried:
-                self._keep(bench.unsupported(candidate, reason) if reason else self._attempt(bench, candidate))
+                self._keep(bench.refused(candidate, reason) if reason else self._attempt(bench, candidate))
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
                     spaces[name, role] = space
@@ -156,24 +165,37 @@ class _Tuning:
                 raise TuningError(f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}")
         return spaces
 
+    def _why_skipped(self, backend: Backend) -> str | None:
+        """Return why this budget cannot afford to compile `backend`, which was not asked for by name."""
+        most = AFFORDABLE * self._budget.seconds
+        if backend.compile_seconds <= most or backend.name in self._named:
+            return None
+        return (
+            f"compiling it takes about {backend.compile_seconds:.0f} s, and a search of {self._budget.seconds:g} s "
+            f"spends at most {most:g} s on that; allow more seconds or name it with --backends"
+        )
+
     def _search(self, bench: Bench, spaces: dict[tuple[str, str], SearchSpace]) -> None:
         """Search every space in turn. A config of one role is tried with the best known configs of the others."""
         searches = {
             (name, role): Search(space, seed=self._seed, tried=self._ratios(name, role))
             for (name, role), space in spaces.items()
         }
+        spent = dict.fromkeys(searches, 0.0)
         stale = 0
-        for name, role in itertools.cycle(list(searches)):
-            if not searches or self._count() >= self._budget.trials or self._seconds_left() <= 0:
+        while searches:
+            if self._count() >= self._budget.trials or self._seconds_left() <= 0:
                 return
             if stale >= self._budget.patience or not any(search.remaining for search in searches.values()):
                 return
+            # the space that has had least time: what compiles for long is tried less often
+            name, role = min((each for each in searches if searches[each].remaining), key=spent.__getitem__)
             config = searches[name, role].ask()
-            if config is None:
-                continue
+            assert config is not None, "configs remain"
             before = self._best_ratio()
             trial = self._attempt(bench, self._best_of(name).with_config(role, config))
             self._keep(trial)
+            spent[name, role] += trial.seconds
             searches[name, role].tell(config, trial.measurement.ratio if trial.measurement else None)
             stale = 0 if self._best_ratio() < before else stale + 1
 
@@ -311,10 +333,10 @@ class _Tuning:
         )
 
     def _count(self) -> int:
-        return sum(trial.outcome is not Outcome.UNSUPPORTED for trial in self._tried.values())
+        return sum(trial.outcome not in NOT_TRIED for trial in self._tried.values())
 
     def _failed(self) -> int:
-        return sum(trial.outcome not in (Outcome.OK, Outcome.UNSUPPORTED) for trial in self._tried.values())
+        return sum(trial.outcome not in (Outcome.OK, *NOT_TRIED) for trial in self._tried.values())
 
     def _best_ratio(self) -> float:
         return min((_ratio(trial) for trial in self._tried.values()), default=float("inf"))

@@ -5,14 +5,20 @@ from tilewise.domain.errors import ConfigError
 from tilewise.domain.problem import Problem
 
 from ..backend import Backend
+from .flash import Flash
+from .flash_cute import FlashCute
+from .flex import FLEX_BACKENDS
 from .plain import Plain
 from .sdpa import SDPA_BACKENDS
 from .tiled_cpu import TiledCpu
 from .triton import Triton
 from .triton_decode import TritonDecode
 
+# Other people's kernels that torch's SDPA does not hold; last, for some compile for seconds when they are first used.
+PEERS: tuple[Backend, ...] = (FlashCute(), Flash(), *FLEX_BACKENDS)
+
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (*SDPA_BACKENDS, Triton(), TritonDecode(), TiledCpu(), Plain())
+    backend.name: backend for backend in (*SDPA_BACKENDS, Triton(), TritonDecode(), TiledCpu(), Plain(), *PEERS)
 }
 
 

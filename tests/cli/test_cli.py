@@ -94,6 +94,7 @@ def test_doctor_says_why_a_backend_is_absent(run: Cli) -> None:
     assert run("doctor", "--device", "cpu") == 0
     assert re.search(r"triton +no +needs a CUDA device", run.out)
     assert re.search(r"cpu_tiled +yes", run.out)
+    assert re.search(r"flash_cute +no +needs a CUDA device", run.out)
     assert run("doctor", "--device", "cpu", "--json") == 0
     report = json.loads(run.out)
     assert {item["name"]: item["reason"] for item in report["backends"]}["sdpa"] is None
@@ -166,7 +167,7 @@ def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(tmp_path: Pat
     url = f"sqlite:///{tmp_path / 'tilewise.db'}"
     problem = "inference.fp32.b1.h4.kv4.q512.k512.d32.causal.window64"
     command = [sys.executable, "-m", "tilewise.cli.main", "tune", "--problem", problem, "--device", "cpu"]
-    command += ["--trials", "400", "--seconds", "250", "--db", url]
+    command += ["--trials", "400", "--seconds", "250", "--backends", "cpu_tiled", "--db", url]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

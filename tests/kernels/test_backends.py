@@ -306,8 +306,9 @@ def test_supporting_lists_torchs_own_choice_first() -> None:
         "sdpa_math",
         "cpu_tiled",
         "plain",
+        "flex_cpu",
     ]
-    assert [backend.name for backend in supporting(problem_of("softcap"), this_cpu())] == ["plain"]
+    assert [backend.name for backend in supporting(problem_of("softcap"), this_cpu())] == ["plain", "flex_cpu"]
 
 
 def test_an_unknown_backend_is_a_config_error_that_lists_the_known() -> None:

@@ -155,7 +155,8 @@ def test_software_of_a_cpu() -> None:
     assert type(found.torch) is str  # torch's own type calls 2.13 and 2.13.0 equal
     assert (found.triton, found.cuda, found.driver, found.cudnn) == (None, None, None, None)
     assert set(dict(found.kernels)) == {
-        "cpu_tiled", "plain", "sdpa", "triton_backward", "triton_decode", "triton_forward"
+        "cpu_tiled", "flash", "flash_cute", "flex", "plain", "sdpa",
+        "triton_backward", "triton_decode", "triton_forward",
     }  # fmt: skip
     assert Software.parse(found.key) == found
 
@@ -169,6 +170,10 @@ def test_software_of_a_cpu() -> None:
         ("plain", {"plain"}, {"torch"}),
         ("triton", {"triton_backward", "triton_forward"}, set()),
         ("triton_decode", {"triton_decode"}, set()),
+        ("flex", {"flex"}, {"torch"}),
+        ("flex_cpu", {"flex"}, {"torch"}),
+        ("flash", {"flash"}, {"torch"}),
+        ("flash_cute", {"flash_cute"}, set()),
     ],
 )
 def test_what_each_backend_depends_on(backend: str, kernels: set[str], libraries: set[str]) -> None:
@@ -196,6 +201,9 @@ def test_every_backend_has_a_hash_of_its_source(backend: str) -> None:
         ("triton_kernels/bias.py", "triton_backward"),
         ("triton_kernels/decode.py", "triton_decode"),
         ("triton_kernels/combine.py", "triton_decode"),
+        ("backends/flex.py", "flex"),
+        ("backends/flash.py", "flash"),
+        ("backends/flash_cute.py", "flash_cute"),
     ],
 )
 def test_a_changed_source_changes_its_hash_alone(
