@@ -272,6 +272,7 @@ def _over(slower: Finalist | None, faster: Finalist | None) -> str:
 
 def run(output: Path, chosen: Sequence[Cell]) -> Report:
     """Measure `chosen` on this process's GPU, and write what is known to `output` after every cell."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     device = devices.select("cuda")
     described = devices.describe(device)

@@ -17,8 +17,8 @@ def unsupported_cache(problem: Problem) -> str | None:
     what = "varlen" if problem.varlen else "pages"
     if problem.q_len > MAX_DECODE_Q_LEN:
         return f"{what} only in decoding (q_len up to {MAX_DECODE_Q_LEN})"
-    if problem.mask != "none" or problem.alibi or problem.pass_ is Pass.TRAINING:
-        return f"{what} only without mask, ALiBi and gradients"
+    if problem.mask != "none" or problem.alibi or problem.dropout or problem.pass_ is Pass.TRAINING:
+        return f"{what} only without mask, ALiBi, dropout and gradients"
     return None
 
 

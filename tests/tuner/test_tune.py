@@ -25,7 +25,7 @@ from tilewise.kernels.device import describe
 from tilewise.tuner import timing
 from tilewise.tuner import tune as tuning
 from tilewise.tuner.progress import Progress
-from tilewise.tuner.tune import Verdict, tune
+from tilewise.tuner.tune import NOT_TRIED, Verdict, tune
 
 from ..domain.examples import answer as an_answer
 from .fakes import BUDGET, CPU, TINY, Computes, register, right
@@ -95,7 +95,7 @@ def standing(database: Database, problem: Problem = TINY) -> Answer | None:
 
 
 def measured(database: Database) -> list[Candidate]:
-    return [trial.candidate for trial in trials(database) if trial.outcome is not Outcome.UNSUPPORTED]
+    return [trial.candidate for trial in trials(database) if trial.outcome not in NOT_TRIED]
 
 
 def test_a_tuning_keeps_what_it_found(database: Database) -> None:
@@ -114,7 +114,7 @@ def test_a_tuning_keeps_what_it_found(database: Database) -> None:
     assert kept[0].measurement is not None
     assert kept[0].measurement.ratio is not None
     refused = [trial for trial in kept if trial.outcome is Outcome.UNSUPPORTED]
-    assert {trial.message for trial in refused} == {"needs a CUDA device"}
+    assert "needs a CUDA device" in {trial.message for trial in refused}
 
     evidence = verdict.answer.evidence
     assert evidence is not None
@@ -147,7 +147,7 @@ def test_training_is_measured_with_its_gradients(database: Database) -> None:
     problem = dataclasses.replace(TINY, pass_=Pass.TRAINING)
     verdict = tuned(database, problem)
     assert verdict.answer.evidence is not None
-    assert {trial.outcome for trial in trials(database, problem)} <= {Outcome.OK, Outcome.UNSUPPORTED}
+    assert {trial.outcome for trial in trials(database, problem)} <= {Outcome.OK, *NOT_TRIED}
     assert {trial.stage for trial in trials(database, problem)} == {"both"}
 
 
