@@ -167,9 +167,9 @@ def test_a_second_run_resumes_and_repeats_nothing(database: Database) -> None:
 
 def test_a_run_whose_budget_is_spent_only_holds_the_final(database: Database) -> None:
     tuned(database)
-    before = trials(database)
+    before = measured(database)
     assert tuned(database).answer.version == 2
-    assert trials(database) == before
+    assert measured(database) == before
 
 
 def test_fresh_tries_everything_again(database: Database) -> None:
