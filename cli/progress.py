@@ -74,11 +74,10 @@ def _best(progress: "Progress") -> str:
     best, baseline = _ms(progress.best), _ms(progress.baseline)
     if progress.best is None or best is None:
         return ""
-    ratio = progress.best.measurement.ratio if progress.best.measurement else None
-    against = (
-        f", {1 / ratio:.2f}x {progress.baseline.candidate} {baseline:.4g} ms" if ratio and progress.baseline else ""
-    )
-    return f"best {progress.best.candidate} {best:.4g} ms{against}"
+    found = f"best {progress.best.candidate} {best:.4g} ms"
+    if baseline is None or progress.baseline is None or progress.best.candidate == progress.baseline.candidate:
+        return found
+    return f"{found}, {baseline / best:.2f} times as fast as {progress.baseline.candidate}"
 
 
 def _ms(trial: "Trial | None") -> float | None:
