@@ -12,6 +12,7 @@ own sizes: it can become configs of the roles dkdv and dq.
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import types
 import warnings
@@ -68,6 +69,11 @@ class Flex(Backend):
         return _forward(call, _kernel_options(call.problem, config), with_lse=True)
 
 
+def _plain_path(path: str) -> bool:
+    """Whether a shell takes `path` as one word: inductor does not quote the paths it compiles and links with."""
+    return re.fullmatch(r"[\w./+@:,=-]+", path) is not None
+
+
 class FlexCpu(Flex):
     """FlexAttention through inductor's C++: inference only, and without the LSE."""
 
@@ -84,6 +90,8 @@ class FlexCpu(Flex):
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             return f"needs a C++ compiler, and {compiler} is not on the path: install g++ or set CXX"
+        if not _plain_path(torch.__file__):
+            return "torch is installed in a folder whose name has spaces or signs, from which inductor cannot link"
         if problem.pass_ is Pass.TRAINING:
             return "computes no gradients on a CPU"
         return unsupported_feature(problem, "dropout", "varlen", "page_size", "deterministic")
