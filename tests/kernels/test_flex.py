@@ -101,7 +101,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
 @pytest.mark.parametrize("cell", CELLS)
 def test_right_in_every_cell(cell: str, graphs: list[torch.fx.GraphModule]) -> None:
     call = call_of(problem_of(cell))
-    assert BACKENDS["flex_cpu"].supports(call.problem, this_cpu()) is None
+    refused_here(call.problem)  # dynamo alone runs anywhere; a refusal for another reason fails
     out, lse = run(call, Candidate("flex_cpu"))
     assert_right(call, out, lse)
     assert lse is None
@@ -295,6 +295,7 @@ def test_the_reason_on_a_gpu(changes: dict[str, Any], card: dict[str, Any], reas
 
 
 def test_the_reason_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__file__", "/usr/lib/python3/torch/__init__.py")
     problem, backend = problem_of("causal"), BACKENDS["flex_cpu"]
     assert backend.supports(problem, H200) == "needs a CPU"
     assert backend.supports(problem, replace(this_cpu(), arch="aarch64.neon")) == (
