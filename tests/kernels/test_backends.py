@@ -18,7 +18,7 @@ from tilewise.kernels.backends.tiled_cpu import KERNEL, TiledCpu
 from tilewise.kernels.call import Call
 from tilewise.kernels.run import run
 
-from .cells import CELLS, TOLERANCE, assert_right, call_of, cells, problem_of, this_cpu
+from .cells import CELLS, PLAIN_FILE, TOLERANCE, assert_right, call_of, cells, problem_of, this_cpu
 
 ON_CPU = ("sdpa", "sdpa_math", "plain", "cpu_tiled")
 H200 = Device(kind=DeviceKind.CUDA, name="NVIDIA H200", arch="sm_90", units=132, memory_gib=141, shared_memory=232448)
@@ -300,7 +300,8 @@ def test_an_older_gpu_is_refused_by_triton() -> None:
     )
 
 
-def test_supporting_lists_torchs_own_choice_first() -> None:
+def test_supporting_lists_torchs_own_choice_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__file__", PLAIN_FILE)
     assert [backend.name for backend in supporting(problem_of("causal"), this_cpu())] == [
         "sdpa",
         "sdpa_math",

@@ -26,7 +26,7 @@ from tilewise.kernels.run import run
 from tilewise.tuner.correctness import Checker
 from tilewise.tuner.trying import classify
 
-from .cells import CELLS, CPU, assert_right, call_of, problem_of, this_cpu
+from .cells import CELLS, CPU, PLAIN_FILE, assert_right, call_of, problem_of, this_cpu
 from .test_backends import H200
 
 OWN = Config.of(KERNEL, block_m=0, block_n=0, num_warps=0, num_stages=0, tma=False)
@@ -295,7 +295,7 @@ def test_the_reason_on_a_gpu(changes: dict[str, Any], card: dict[str, Any], reas
 
 
 def test_the_reason_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__file__", "/usr/lib/python3/torch/__init__.py")
+    monkeypatch.setattr(torch, "__file__", PLAIN_FILE)
     problem, backend = problem_of("causal"), BACKENDS["flex_cpu"]
     assert backend.supports(problem, H200) == "needs a CPU"
     assert backend.supports(problem, replace(this_cpu(), arch="aarch64.neon")) == (

@@ -14,6 +14,8 @@ from tilewise.kernels import device as devices
 from tilewise.kernels.backends.plain import Plain
 from tilewise.tuner.tune import tune
 
+from ..kernels.cells import PLAIN_FILE
+
 CPU = torch.device("cpu")
 PROBLEM = Problem(batch=1, heads=2, q_len=40, head_dim=16, dtype=Dtype.FP32, causal=True, mask="bias")
 
@@ -32,7 +34,8 @@ def trials(database: Database, seconds: float, *backends: str) -> dict[str, Tria
     return {trial.candidate.backend: trial for trial in kept}
 
 
-def test_skipped_with_its_reason_and_tried_later(tmp_path: Path) -> None:
+def test_skipped_with_its_reason_and_tried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__file__", PLAIN_FILE)  # not one that flex_cpu refuses
     with Database.open(f"sqlite:///{tmp_path / 'tilewise.db'}", upgrade=True) as database:
         first = trials(database, 10)
         assert first["plain"].outcome is first["flex_cpu"].outcome is Outcome.SKIPPED
