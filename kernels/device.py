@@ -189,9 +189,21 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
         "flex": [folder / "backends/flex.py"],
         "plain": [folder / "backends/plain.py", folder / "reference.py", folder / "cache.py"],
         "sdpa": [folder / "backends/sdpa.py", folder / "cache.py"],
-        "triton_decode": [folder / "triton_kernels/decode.py", folder / "triton_kernels/combine.py"],
-        "triton_forward": [folder / "triton_kernels/common.py", folder / "triton_kernels/forward.py"],
-        "triton_backward": [folder / "triton_kernels/backward.py", folder / "triton_kernels/bias.py"],
+        "triton_decode": [
+            folder / "tiles.py",
+            folder / "triton_kernels/decode.py",
+            folder / "triton_kernels/combine.py",
+        ],
+        "triton_forward": [
+            folder / "tiles.py",
+            folder / "triton_kernels/common.py",
+            folder / "triton_kernels/forward.py",
+        ],
+        "triton_backward": [
+            folder / "tiles.py",
+            folder / "triton_kernels/backward.py",
+            folder / "triton_kernels/bias.py",
+        ],
     }
     return tuple(
         (name, hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12])

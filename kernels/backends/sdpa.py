@@ -1,5 +1,6 @@
 """torch.nn.functional.scaled_dot_product_attention: its own choice, and each of its implementations by name."""
 
+import abc
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -70,7 +71,11 @@ class _ChosenCuda(_Chosen):
     def supports(self, problem: Problem, device: Device) -> str | None:
         if device.kind is not DeviceKind.CUDA:
             return "needs a CUDA device"
-        return super().supports(problem, device)
+        return super().supports(problem, device) or self._why_not(problem)
+
+    @abc.abstractmethod
+    def _why_not(self, problem: Problem) -> str | None:
+        """Return what this implementation lacks for a problem that SDPA itself takes."""
 
 
 class SdpaCudnn(_ChosenCuda):
@@ -79,10 +84,7 @@ class SdpaCudnn(_ChosenCuda):
     name = "sdpa_cudnn"
     choice = SDPBackend.CUDNN_ATTENTION
 
-    def supports(self, problem: Problem, device: Device) -> str | None:
-        reason = super().supports(problem, device)
-        if reason is not None:
-            return reason
+    def _why_not(self, problem: Problem) -> str | None:
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if problem.head_dim % 8 or problem.v_head_dim % 8:
@@ -96,10 +98,7 @@ class SdpaFlash(_ChosenCuda):
     name = "sdpa_flash"
     choice = SDPBackend.FLASH_ATTENTION
 
-    def supports(self, problem: Problem, device: Device) -> str | None:
-        reason = super().supports(problem, device)
-        if reason is not None:
-            return reason
+    def _why_not(self, problem: Problem) -> str | None:
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         if _needs_mask(problem):
@@ -115,10 +114,7 @@ class SdpaEfficient(_ChosenCuda):
     name = "sdpa_efficient"
     choice = SDPBackend.EFFICIENT_ATTENTION
 
-    def supports(self, problem: Problem, device: Device) -> str | None:
-        reason = super().supports(problem, device)
-        if reason is not None:
-            return reason
+    def _why_not(self, problem: Problem) -> str | None:
         if problem.heads != problem.kv_heads:
             return "needs kv_heads = heads"
         return None

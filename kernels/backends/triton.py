@@ -13,6 +13,7 @@ from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
 from ..backend import Backend, Gradients, unsupported_feature
 from ..call import Call
+from ..tiles import padded
 
 MAX_REGISTERS = 256  # a thread has 255; one more would spill even if nothing else were held
 _ELEMENT_BYTES = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 4}
@@ -94,11 +95,6 @@ def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
         device.capability,
         device.shared_memory,
     )
-
-
-def padded(head_dim: int) -> int:
-    """Return the width of the tile that holds head_dim: tiles are powers of two, and dots take 16 at least."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def describable(problem: Problem) -> bool:

@@ -13,6 +13,7 @@ from tilewise.domain.space import Constraint, Parameter, SearchSpace
 from .. import device as devices
 from ..backend import Backend, unsupported_feature
 from ..call import Call
+from ..tiles import padded
 
 KERNEL = "triton_decode"
 MAX_ROWS = 128  # queries * heads of one key head: one tile
@@ -81,18 +82,14 @@ def _why_not(problem: Problem) -> str | None:
     return unsupported_feature(problem, "mask", "alibi", "dropout")
 
 
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _rows(problem: Problem) -> int:
     """Return the height of the tile of queries."""
-    return _padded(problem.q_len * (problem.heads // problem.kv_heads))
+    return padded(problem.q_len * (problem.heads // problem.kv_heads))
 
 
 def _key_bytes(problem: Problem) -> int:
     """Return the bytes of one key with its value, as a tile holds them."""
-    return (_padded(problem.head_dim) + _padded(problem.v_head_dim)) * (4 if problem.dtype is Dtype.FP32 else 2)
+    return (padded(problem.head_dim) + padded(problem.v_head_dim)) * (4 if problem.dtype is Dtype.FP32 else 2)
 
 
 def _keys(problem: Problem) -> int:
@@ -113,7 +110,7 @@ def shared_memory(problem: Problem, values: Mapping[str, Value]) -> int:
 
 def registers(problem: Problem, values: Mapping[str, Value]) -> int:
     """Return the 32-bit registers a thread needs for its share of the accumulator and of one tile of scores."""
-    columns = _padded(problem.v_head_dim) + int(values["block_n"])
+    columns = padded(problem.v_head_dim) + int(values["block_n"])
     return _rows(problem) * columns // (32 * int(values["num_warps"]))
 
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from tilewise.domain.config import Config
 
 from ..call import Call
-from .common import features, kept, padded, scores, unit_stride
+from ..tiles import padded
+from .common import features, kept, scores, unit_stride
 from .forward import describable, descriptor, load_tile
 
 

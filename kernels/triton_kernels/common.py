@@ -4,7 +4,6 @@ Scores are kept in units of log2, so that every exponential is an exp2. The help
 broadcast to the tile ((M, 1) and (1, N), or (1, M) and (N, 1) for a transposed tile), so one text serves both.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,10 @@ import triton
 import triton.language as tl
 
 from ..call import Call
+from ..tiles import padded
 
 NO_LIMIT = 1 << 30
 NO_MASK, BOOL_MASK, BIAS = 0, 1, 2
-LOG2E = math.log2(math.e)
 
 
 @triton.jit
@@ -163,11 +162,6 @@ def features(call: Call) -> Features:
             "PRECISION": str(call.problem.precision),
         },
     )
-
-
-def padded(head_dim: int) -> int:
-    """Return the width of the tile that holds head_dim: tiles are powers of two, and dots take 16 at least."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

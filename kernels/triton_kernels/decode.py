@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tiles import padded
 from .combine import combine_splits
 
 NO_LIMIT = 1 << 30
@@ -300,8 +301,8 @@ def launch(
         part_lse = query.new_empty(batch * kv_heads, num_splits, rows, dtype=torch.float32)
     else:
         part_out, part_lse = out, lse
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_dv = max(16, triton.next_power_of_2(v_head_dim))
+    block_m = padded(rows)
+    block_dv = padded(v_head_dim)
     wide = 16 // key.element_size()
     aligned = not any(stride % wide for stride in (*key.stride()[:3], *value.stride()[:3]))
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors are on
@@ -328,7 +329,7 @@ def launch(
             GROUP=group,
             D=head_dim,
             DV=v_head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=padded(head_dim),
             BLOCK_DV=block_dv,
             BLOCK_M=block_m,
             BLOCK_N=block_n,

@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tilewise.domain.config import Config
 
 from ..call import Call
-from .common import features, kept, padded, scores, unit_stride
+from ..tiles import padded
+from .common import features, kept, scores, unit_stride
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tilewise.kernels.tiles import padded
 from tilewise.kernels.triton_kernels.backward import dkdv_kernel, dq_kernel
-from tilewise.kernels.triton_kernels.common import padded
 from tilewise.kernels.triton_kernels.forward import attention_forward
 
 KERNELS = {"forward": attention_forward, "dkdv": dkdv_kernel, "dq": dq_kernel}
