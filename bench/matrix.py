@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tilewise.domain.trial import Outcome
 
 from .workers import run_each
 
+Counts = tuple[tuple[str, int], ...]  # the most frequent first
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
 # refused for their shared memory alone: compiled too, to see how many of them would have run
@@ -97,10 +98,10 @@ class Line:
     problems: int
     grid: int
     space: int
-    refused: Mapping[str, int]
+    refused: Counts
     tried: int
     compiled: int
-    failed: Mapping[str, int]
+    failed: Counts
     too_large: int
     refused_tried: int
     refused_wrongly: int
@@ -183,42 +184,52 @@ def jobs(
 ) -> list[Job]:
     """Return what to compile: of each space every `every`-th config, or `limit` at random (seeded), or all.
 
-    Defaults, and the winners kept under bench/results, are always there; corners for the first problem of each kind.
+    Defaults are always there, the winners kept under bench/results for problems of the same kinds, and corners for the
+    first problem of each dtype, head dims, mask and page size.
     For every REFUSED_SHARE configs of a space comes one that it refuses for its shared memory alone.
     """
     found: dict[tuple[object, ...], Job] = {}
-    cornered: set[tuple[str, str, str]] = set()
+    cornered: set[tuple[object, ...]] = set()
 
     def add(problem: Problem, role: str, arch: str, config: Config | None, why: str) -> None:
-        found.setdefault(
-            (problem, role, arch, config), Job(problem=problem, role=role, arch=arch, config=config, why=why)
-        )
+        job = Job(problem=problem, role=role, arch=arch, config=config, why=why)
+        found.setdefault(_identity(job), job)
 
     for problem, arch in itertools.product(wanted, archs):
         for role, space in spaces(problem, DEVICES[arch]).items():
             if space is None:
                 add(problem, role, arch, None, "default")
                 continue
-            inside, refused = _split(space)
+            if role == "combine":  # it knows of a config only the number of splits
+                for config in _splits(space):
+                    add(problem, role, arch, config, "space")
+                continue
             add(problem, role, arch, space.default, "default")
-            if role == "combine":
-                inside, refused = _splits(space), []
-            elif (role, arch, kind(problem, role)) not in cornered:
-                cornered.add((role, arch, kind(problem, role)))
+            dims = role, arch, problem.dtype, problem.head_dim, problem.v_head_dim, problem.mask, problem.page_size
+            if dims not in cornered:
+                cornered.add(dims)
                 for config in corners(space, problem, role, DEVICES[arch]):
                     add(problem, role, arch, config, "corner")
+            inside, refused = _split(space)
             for config in _sample(inside, every, limit):
                 add(problem, role, arch, config, "space")
-            for config in _sample(refused, every and every * REFUSED_SHARE, limit and limit // REFUSED_SHARE):
+            for config in _sample(refused, every and every * REFUSED_SHARE, limit and -(-limit // REFUSED_SHARE)):
                 add(problem, role, arch, config, "refused")
-    for problem, role, config in winners(RESULTS):
-        for arch in archs:
-            space = spaces(problem, DEVICES[arch]).get(role)
-            if space is not None and config in space:
-                found[problem, role, arch, config] = Job(
-                    problem=problem, role=role, arch=arch, config=config, why="winner"
-                )
+    kinds = {(job.role, kind(job.problem, job.role)) for job in found.values()}
+    for job in winning(archs):
+        if (job.role, kind(job.problem, job.role)) in kinds:
+            found[_identity(job)] = job
     return list(found.values())
+
+
+def winning(archs: Sequence[str]) -> list[Job]:
+    """Return the winners kept under bench/results, for each architecture whose space has them."""
+    found = []
+    for (problem, role, config), arch in itertools.product(winners(RESULTS), archs):
+        space = spaces(problem, DEVICES[arch]).get(role)
+        if space is not None and config in space:
+            found.append(Job(problem=problem, role=role, arch=arch, config=config, why="winner"))
+    return found
 
 
 def corners(space: SearchSpace, problem: Problem, role: str, device: Device) -> list[Config]:
@@ -399,6 +410,7 @@ def _line(role: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
     for space in searched:
         reasons.update(space.why_not(config) or "" for config in _grid(space))
     inside = reasons.pop("", 0)
+    failed = Counter(f"{row.outcome}: {row.message}" for row in of_space if row.outcome is not Outcome.OK)
     return Line(
         role=role,
         arch=arch,
@@ -406,10 +418,10 @@ def _line(role: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
         problems=len({row.job.problem for row in rows}),
         grid=inside + reasons.total(),
         space=inside,
-        refused=dict(reasons),
+        refused=tuple(reasons.most_common()),
         tried=len(of_space),
         compiled=len(good),
-        failed=dict(Counter(f"{row.outcome}: {row.message}" for row in of_space if row.outcome is not Outcome.OK)),
+        failed=tuple(failed.most_common()),
         too_large=sum(not row.fits for row in good),
         refused_tried=len(refused),
         refused_wrongly=sum(row.fits for row in refused),
@@ -455,7 +467,7 @@ def cells(line: Line) -> list[str]:
         str(line.space or "-"),
         str(line.tried),
         str(line.compiled),
-        str(sum(line.failed.values())),
+        str(line.tried - line.compiled),
         str(line.too_large),
         f"{line.refused_wrongly} of {line.refused_tried}",
         f"{low / 1024:.1f} to {high / 1024:.1f}",
@@ -479,7 +491,7 @@ def markdown(report: Report) -> str:
         )
     failures = Counter[str]()
     for line in report.lines:
-        failures.update({f"{line.role} {line.arch} {reason}": count for reason, count in line.failed.items()})
+        failures.update({f"{line.role} {line.arch} {reason}": count for reason, count in line.failed})
     rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, report.lines))]
     return "\n".join(
         [

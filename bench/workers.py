@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tilewise.domain.errors import TuningError
@@ -85,14 +84,14 @@ class _Worker(Generic[Job, Result]):
         self._function, self._memory = function, int(memory_gib * 2**30)
         self._process: multiprocessing.process.BaseProcess | None = None
         self._jobs = 0
-        self._printed = Path()
+        self._printed = -1  # a file without a name
 
     def run(self, job: Job, seconds: float) -> Done[Job, Result]:
         if self._jobs == JOBS_PER_WORKER:
             self.close()
         if self._process is None:
             self._start()
-        os.truncate(self._printed, 0)
+        os.ftruncate(self._printed, 0)
         self._jobs += 1
         start = time.perf_counter()
         outcome, result, message = Outcome.WORKER_DIED, None, ""
@@ -109,7 +108,7 @@ class _Worker(Generic[Job, Result]):
             message = f"exit code {self._process.exitcode}"
         took = time.perf_counter() - start
         if outcome is not Outcome.OK:
-            message = shortened(message, self._printed.read_bytes())
+            message = shortened(message, self._said())
         if outcome in (Outcome.WORKER_DIED, Outcome.TIMED_OUT):
             self.close()
         return Done(job, outcome, result, message, took)
@@ -125,25 +124,30 @@ class _Worker(Generic[Job, Result]):
             self._process.join()
             self._pipe.close()
             self._process = None
-            self._printed.unlink(missing_ok=True)
+            os.close(self._printed)
+
+    def _said(self) -> bytes:
+        return os.pread(self._printed, os.fstat(self._printed).st_size, 0)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        handle, name = tempfile.mkstemp(prefix="tilewise-worker-")
-        os.close(handle)
-        self._printed = Path(name)
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._function, self._memory, name), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._jobs = 0
-        with contextlib.suppress(EOFError):
-            if self._pipe.poll(STARTING_SECONDS):
-                self._pipe.recv()
-                return
-        printed = self._printed.read_text(errors="replace")[-MESSAGE_LIMIT:]
+        self._printed, name = tempfile.mkstemp(prefix="tilewise-worker-")
+        try:
+            self._pipe, theirs = context.Pipe()
+            arguments = (theirs, self._function, self._memory, name)
+            self._process = context.Process(target=_serve, args=arguments, daemon=True)
+            self._process.start()
+            theirs.close()
+            self._jobs = 0
+            with contextlib.suppress(EOFError):
+                if self._pipe.poll(STARTING_SECONDS):
+                    self._pipe.recv()
+                    return
+        finally:
+            os.unlink(name)
+        said = self._said()[-MESSAGE_LIMIT:].decode(errors="replace")
         self.close()
-        raise TuningError(f"a worker process did not start within {STARTING_SECONDS:g} s: {printed}")
+        raise TuningError(f"a worker process did not start within {STARTING_SECONDS:g} s: {said}")
 
 
 def _serve(pipe: Any, function: Callable[[Any], Any], memory: int, printed: str) -> None:

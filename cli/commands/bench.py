@@ -23,12 +23,16 @@ def _group() -> None: ...
 @app.command("compile")
 def compile_(
     output: Annotated[Path, typer.Option(metavar="FILE.json", help="The report; a .md of the same name beside it.")],
-    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90; repeat. [sm_80, sm_90]")] = None,
-    problems: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Problem key; repeat. [a set]")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89 or sm_90; repeat. Default: sm_80, sm_90.")
+    ] = None,
+    problems: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Problem key; repeat. Default: a fixed set.")
+    ] = None,
     models: Annotated[list[str] | None, typer.Option(help="Model, trained; repeat.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
-    every: Annotated[int | None, typer.Option(min=1, help="Every so manieth config of a space.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="So many configs of a space, by a fixed seed.")] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Every N-th config of a space.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="N configs of a space, by a fixed seed.")] = None,
     seconds: Annotated[float, typer.Option("--seconds-per-config", min=1, help="Longer is timed_out.")] = 120,
     as_json: AsJson = False,
 ) -> None:

@@ -64,9 +64,10 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
     if not tiles.tensor_cores:
         exchanged = (2 if role == "dkdv" else 1) * rows * columns * size
     if tiles.mask_bytes:  # the mask's tile takes the layout of the scores
-        tile = rows * columns
-        transposed = 512 * warps if tiles.mask_bytes > 1 and tiles.mask_along_keys else min(tiles.mask_bytes, 2) * tile
-        exchanged += {"forward": 4 * tile, "dkdv": transposed, "dq": min(tiles.mask_bytes, 2) * tile}[role]
+        short = min(tiles.mask_bytes, 2)
+        dkdv = 512 * warps if short == 2 and tiles.mask_along_keys else short * rows * columns
+        dq = (short if tiles.mask_along_keys else 4) * rows * columns
+        exchanged += {"forward": 4 * rows * columns, "dkdv": dkdv, "dq": dq}[role]
     # a tile that changes its layout passes through this, a few rows of a warp at a time
     tf32 = size == 4 and tiles.tensor_cores
     passing = min(visited * wide, (32 if tf32 or not tiles.aligned else 8) * warps * max(wide, 32)) * size

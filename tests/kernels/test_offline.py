@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tilewise.bench.matrix import DEVICES, RESULTS, Job, Row, compile_all, jobs, predicted, spaces, winners
+from tilewise.bench.matrix import DEVICES, RESULTS, Job, Row, compile_all, jobs, predicted, spaces, winners, winning
 from tilewise.domain import codec
 from tilewise.domain.config import Config
 from tilewise.domain.problem import Dtype, Pass, Problem
@@ -42,8 +42,12 @@ def corner(problem: Problem, role: str, arch: str) -> Job:
 
 
 def wanted() -> list[Job]:
-    defaults = [job for job in jobs(DEFAULTS, ARCHS, limit=0) if job.why in ("default", "winner")]
-    return [*defaults, *(corner(BASE, role, arch) for arch in ARCHS for role in ("forward", "dkdv", "dq"))]
+    defaults = [job for job in jobs(DEFAULTS, ARCHS, limit=0) if job.why != "corner"]
+    return [
+        *defaults,
+        *winning(ARCHS),
+        *(corner(BASE, role, arch) for arch in ARCHS for role in ("forward", "dkdv", "dq")),
+    ]
 
 
 @pytest.fixture(scope="module")
