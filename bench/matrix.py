@@ -1,17 +1,14 @@
-"""Compiles our kernels over their spaces for GPUs that this machine need not have, and reports what came of it.
+"""Compiles our kernels over their spaces for GPUs that this machine need not have.
 
-`tilewise bench compile` is its command. Per kernel, architecture and kind of problem: how many configs the space has,
-how many of them were compiled, what failed, shared memory, registers, spills, and how well the spaces' own prediction
-of shared memory held. Every config that was compiled is kept beside the report (NAME.rows.jsonl), and a second run
-goes on from there.
+`tilewise bench compile` is its command, compile_report.py what it says. Every config that was compiled is kept beside
+the report (NAME.rows.jsonl), and a second run goes on from there.
 """
 
 import importlib.metadata
 import itertools
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,11 @@ from tilewise.domain.trial import Outcome
 
 from .workers import run_each
 
-Counts = tuple[tuple[str, int], ...]  # the most frequent first
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
 # refused for their shared memory alone: compiled too, to see how many of them would have run
 REFUSED_SHARE = 4
 MEMORY_REASON = "shared memory"
-SPILLING = 64  # bytes of stack per thread from which a config is counted as spilling
 
 DEVICES = {
     "sm_80": Device(
@@ -76,52 +71,6 @@ class Row:
     @property
     def fits(self) -> bool:
         return self.shared_memory <= DEVICES[self.job.arch].shared_memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """All rows of one role, architecture and kind of problem.
-
-    - kind: dtype, head dims and what else the kernel compiles in.
-    - grid, space: combinations of parameters, and those of them that keep the space's constraints, over all problems.
-    - refused: how many of the grid a constraint refuses, by its reason; one that breaks several counts for the first.
-    - tried, compiled: distinct configs of the space that were compiled, and those for which that went well.
-    - too_large: compiled configs of the space that need more shared memory than the device has.
-    - refused_tried, refused_wrongly: configs refused for their shared memory that were compiled, and that would fit.
-    - shared_memory, registers: least and most of the compiled configs of the space, bytes and per thread.
-    - spilling, stack: how many of them have SPILLING bytes of stack per thread or more, and the most.
-    """
-
-    role: str
-    arch: str
-    kind: str
-    problems: int
-    grid: int
-    space: int
-    refused: Counts
-    tried: int
-    compiled: int
-    failed: Counts
-    too_large: int
-    refused_tried: int
-    refused_wrongly: int
-    shared_memory: tuple[int, int]
-    registers: tuple[int, int]
-    spilling: int
-    stack: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What the command writes. `special`: the rows of defaults, corners and winners, and of everything that failed."""
-
-    torch: str
-    triton: str
-    chosen: str
-    lines: tuple[Line, ...]
-    special: tuple[Row, ...]
-    seconds: float
 
 
 def problems() -> list[Problem]:
@@ -285,7 +234,7 @@ def _candidates(data: Any, problem: Problem | None) -> Iterator[tuple[Problem, C
 def _split(space: SearchSpace) -> tuple[list[Config], list[Config]]:
     """Return the configs of the space, and those that only the limit on shared memory keeps out."""
     inside, refused = [], []
-    for config in _grid(space):
+    for config in grid(space):
         broken = [rule.reason for rule in space.constraints if not rule.holds(config.as_dict())]
         if not broken:
             inside.append(config)
@@ -294,7 +243,8 @@ def _split(space: SearchSpace) -> tuple[list[Config], list[Config]]:
     return inside, refused
 
 
-def _grid(space: SearchSpace) -> Iterator[Config]:
+def grid(space: SearchSpace) -> Iterator[Config]:
+    """Yield every combination of the parameters, whatever the constraints say."""
     names = [parameter.name for parameter in space.parameters]
     for values in itertools.product(*(parameter.values for parameter in space.parameters)):
         yield Config.of(space.kernel, **dict(zip(names, values, strict=True)))
@@ -362,7 +312,7 @@ def _identity(job: Job) -> tuple[object, ...]:
 
 def _read(path: Path) -> dict[tuple[object, ...], Row]:
     """Return the rows of an earlier run of the same versions; the file of others starts anew."""
-    first = codec.canonical(_versions()).decode()
+    first = codec.canonical(versions()).decode()
     lines = path.read_text().splitlines() if path.exists() else []
     if lines[:1] != [first]:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -372,153 +322,9 @@ def _read(path: Path) -> dict[tuple[object, ...], Row]:
     return {_identity(row.job): row for row in rows}
 
 
-def _versions() -> dict[str, object]:
+def versions() -> dict[str, object]:
+    """Return what decides what a compilation gives, and so whether its row still holds."""
     from tilewise.kernels import device as devices
 
     software = devices.software(DeviceKind.CPU)  # of a GPU it would ask the driver
     return {"torch": software.torch, "triton": importlib.metadata.version("triton"), "kernels": dict(software.kernels)}
-
-
-def summarise(rows: Sequence[Row], chosen: str, seconds: float) -> Report:
-    """Return the report of all `rows`, a line per role, architecture and kind of problem."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.job.role, row.job.arch, kind(row.job.problem, row.job.role)), []).append(row)
-    versions = _versions()
-    special = [row for row in rows if row.job.why not in ("space", "refused") or row.outcome is not Outcome.OK]
-    return Report(
-        torch=str(versions["torch"]),
-        triton=str(versions["triton"]),
-        chosen=chosen,
-        lines=tuple(_line(*group, rows) for group, rows in groups.items()),
-        special=tuple(special),
-        seconds=round(seconds, 1),
-    )
-
-
-def _line(role: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
-    device = DEVICES[arch]
-    of_space = [row for row in rows if row.job.why != "refused"]
-    refused = [row for row in rows if row.job.why == "refused" and row.outcome is Outcome.OK]
-    good = [row for row in of_space if row.outcome is Outcome.OK]
-    searched = [
-        found
-        for problem in dict.fromkeys(row.job.problem for row in rows)
-        if (found := spaces(problem, device)[role]) is not None and role != "combine"
-    ]
-    reasons: Counter[str] = Counter()
-    for space in searched:
-        reasons.update(space.why_not(config) or "" for config in _grid(space))
-    inside = reasons.pop("", 0)
-    failed = Counter(f"{row.outcome}: {row.message}" for row in of_space if row.outcome is not Outcome.OK)
-    return Line(
-        role=role,
-        arch=arch,
-        kind=what,
-        problems=len({row.job.problem for row in rows}),
-        grid=inside + reasons.total(),
-        space=inside,
-        refused=tuple(reasons.most_common()),
-        tried=len(of_space),
-        compiled=len(good),
-        failed=tuple(failed.most_common()),
-        too_large=sum(not row.fits for row in good),
-        refused_tried=len(refused),
-        refused_wrongly=sum(row.fits for row in refused),
-        shared_memory=_extremes(row.shared_memory for row in good),
-        registers=_extremes(row.registers for row in good),
-        spilling=sum(row.stack >= SPILLING for row in good),
-        stack=max((row.stack for row in good), default=0),
-        seconds=round(sum(row.seconds for row in rows), 1),
-    )
-
-
-def _extremes(numbers: Iterable[int]) -> tuple[int, int]:
-    found = list(numbers)
-    return (min(found), max(found)) if found else (0, 0)
-
-
-COLUMNS = (
-    "kernel",
-    "arch",
-    "kind",
-    "grid",
-    "space",
-    "tried",
-    "compiled",
-    "failed",
-    "too large",
-    "refused wrongly",
-    "shared memory KiB",
-    "registers",
-    "spilling",
-    "stack B",
-)
-
-
-def cells(line: Line) -> list[str]:
-    """Return a line in the order of COLUMNS."""
-    low, high = line.shared_memory
-    return [
-        line.role,
-        line.arch,
-        line.kind,
-        str(line.grid or "-"),
-        str(line.space or "-"),
-        str(line.tried),
-        str(line.compiled),
-        str(line.tried - line.compiled),
-        str(line.too_large),
-        f"{line.refused_wrongly} of {line.refused_tried}",
-        f"{low / 1024:.1f} to {high / 1024:.1f}",
-        "{} to {}".format(*line.registers),
-        str(line.spilling),
-        str(line.stack),
-    ]
-
-
-def markdown(report: Report) -> str:
-    """Return the report for readers."""
-    total = Counter[str]()
-    for line in report.lines:
-        total.update(
-            tried=line.tried,
-            compiled=line.compiled,
-            space=line.space,
-            too_large=line.too_large,
-            refused_tried=line.refused_tried,
-            refused_wrongly=line.refused_wrongly,
-        )
-    failures = Counter[str]()
-    for line in report.lines:
-        failures.update({f"{line.role} {line.arch} {reason}": count for reason, count in line.failed})
-    rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, report.lines))]
-    return "\n".join(
-        [
-            "# What our kernels compile to, without a GPU",
-            "",
-            f"Triton {report.triton}, torch {report.torch}; {report.chosen}; {report.seconds:.0f} s.",
-            "",
-            f"Of {total['space']} configs in the spaces {total['tried']} were tried (kernels without parameters among "
-            f"them): {total['compiled']} compiled, {total['tried'] - total['compiled']} failed, "
-            f"{total['too_large']} need more shared memory than the device has. Of {total['refused_tried']} tried that "
-            f"the spaces refuse for their shared memory alone, {total['refused_wrongly']} would fit.",
-            "",
-            f"grid: combinations of parameters over all problems of a kind; space: those that keep the constraints; "
-            f"spilling: {SPILLING} bytes of stack per thread or more. A line is one kernel (code for one kind of "
-            "problem) on one architecture.",
-            "",
-            *rows,
-            "",
-            "## What failed",
-            "",
-            *([f"- {count}: {reason}" for reason, count in failures.most_common()] or ["Nothing."]),
-            "",
-        ]
-    )
-
-
-def write(report: Report, output: Path) -> None:
-    """Write the report as `output`, JSON, and as Markdown beside it."""
-    output.write_text(json.dumps(codec.to_json(report), separators=(",", ":")) + "\n")
-    output.with_suffix(".md").write_text(markdown(report))

@@ -1,5 +1,6 @@
 """tilewise bench compile."""
 
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -40,14 +41,16 @@ def compile_(
 
     Corners, defaults and committed winners are always among them. Goes on from FILE.rows.jsonl of an earlier run.
     """
-    from tilewise.domain.errors import SettingsError
+    from tilewise.domain.errors import DeviceError, SettingsError
 
     from ..torch import need_torch
 
     if every is not None and limit is not None:
         raise SettingsError("--every and --limit: expected one of them, got both")
     need_torch()
-    from tilewise.bench import matrix
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError("triton is not installed, and its compiler is what this runs: pip install 'tilewise[gpu]'")
+    from tilewise.bench import compile_report, matrix
 
     archs = arch or ["sm_80", "sm_90"]
     for name in archs:
@@ -69,12 +72,12 @@ def compile_(
     chosen = (
         f"every {every}th config" if every else f"{limit} configs of each space" if limit is not None else "all configs"
     )
-    found = matrix.summarise(rows, chosen, time.monotonic() - start)
-    matrix.write(found, output)
+    found = compile_report.summarise(rows, chosen, time.monotonic() - start)
+    compile_report.write(found, output)
     if as_json:
         print_json(found)
     else:
-        print_table("", matrix.COLUMNS, map(matrix.cells, found.lines))
+        print_table("", compile_report.COLUMNS, map(compile_report.cells, found.lines))
         out.print(f"{len(rows)} configs in {found.seconds:.0f} s: {output}", markup=False)
 
 

@@ -14,7 +14,7 @@ from .. import device as devices
 from ..backend import Backend, unsupported_feature
 from ..call import Call
 from ..tiles import padded
-from .triton_memory import together_of
+from .triton_memory import by_warpgroup
 
 KERNEL = "triton_decode"
 MAX_ROWS = 128  # queries * heads of one key head: one tile
@@ -118,19 +118,19 @@ def shared_memory(problem: Problem, capability: int, values: Mapping[str, Value]
     rows, d, dv = _rows(problem), padded(problem.head_dim), padded(problem.v_head_dim)
     size = 4 if problem.dtype is Dtype.FP32 else 2
     tensor_cores = size == 2 or problem.precision is Precision.TF32
-    together = tensor_cores and together_of(capability, warps, rows)
+    warpgroup = tensor_cores and by_warpgroup(capability, warps, rows)
     tiles = in_flight(problem, values)
-    if together and stages > 1:
+    if warpgroup and stages > 1:
         tiles += block_n * _key_bytes(problem)
     lookups = 0
     if problem.page_size:
         lookups = (stages - 1) * 4 * (block_n if problem.page_size % block_n else 4)
-    alone = together or warps == 1 or rows >= dv
+    alone = warpgroup or warps == 1 or rows >= dv
     exchanged = 0 if tensor_cores and alone else rows * block_n * size
     if size == 4:
         exchanged += 4 * rows * warps
     # partial results are float32, and change their layout where a warp has but one tile of rows
-    partial = int(values["num_splits"]) > 1 and (together or rows >= dv) and 16 * warps >= rows
+    partial = int(values["num_splits"]) > 1 and (warpgroup or rows >= dv) and 16 * warps >= rows
     result = rows * dv * 4 if partial else 0
     return max(rows * d * size + tiles + lookups + exchanged, result)
 

@@ -41,7 +41,7 @@ class Tiles:
         return self.describable and self.capability >= 90
 
 
-def together_of(capability: int, warps: int, rows: int) -> bool:
+def by_warpgroup(capability: int, warps: int, rows: int) -> bool:
     """Return whether four warps at a time compute one product, reading both sides from shared memory: sm_90's wgmma.
 
     sm_100 is taken for it, untried; sm_120 has the products of sm_80.
@@ -57,10 +57,10 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
     wide = max(d, dv)
     # of the scores, a program keeps `height` rows, or columns, and visits tiles of `visited`
     height, visited = (columns, rows) if role == "dkdv" else (rows, columns)
-    together = tiles.tensor_cores and together_of(tiles.capability, warps, height)
+    warpgroup = tiles.tensor_cores and by_warpgroup(tiles.capability, warps, height)
     # the warps share the rows of a product, or its columns where it is wider than high; then weights change hands
     product = {"forward": dv, "dkdv": wide, "dq": d}[role]
-    exchanged = 0 if together or warps == 1 or height >= product else rows * columns * size
+    exchanged = 0 if warpgroup or warps == 1 or height >= product else rows * columns * size
     if not tiles.tensor_cores:
         exchanged = (2 if role == "dkdv" else 1) * rows * columns * size
     if tiles.mask_bytes:  # the mask's tile takes the layout of the scores
@@ -84,14 +84,14 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
     }[role]
     if stages == 1:
         return max(kept, once) + BARRIER if tma else kept + once
-    buffers = stages if together else stages - 1
+    buffers = stages if warpgroup else stages - 1
     # a TF32 product reads a tile in one direction only: what two products read across is not pipelined
     piped = buffers * each
     if tf32 and not tma and role != "forward":
         piped = each if role == "dkdv" else visited * (d + buffers * dv) * size
     if role == "dkdv":  # LSE and delta come with the queries
         statistics = (stages - 1) * 2 * visited * 4
-        piped += -(-statistics // ALIGNMENT) * ALIGNMENT if together else statistics
+        piped += -(-statistics // ALIGNMENT) * ALIGNMENT if warpgroup else statistics
         once += statistics
     if tiles.mask_bytes == 4:
         piped += buffers * rows * columns * 4

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tilewise.bench import matrix
+from tilewise.bench import compile_report, matrix
 from tilewise.bench.matrix import DEVICES, Job, Row, corners, jobs, predicted, spaces, winners
 from tilewise.bench.workers import Done
 from tilewise.domain import codec
@@ -151,7 +151,7 @@ def test_a_second_run_goes_on_and_other_versions_start_anew(
         cut.write('{"job":{"arch"')  # the machine stopped while it wrote
     matrix.compile_all(wanted, file, **run)  # type: ignore[arg-type]
     assert compiler.jobs == wanted
-    monkeypatch.setattr(matrix, "_versions", lambda: {"torch": "9", "triton": "9", "kernels": {}})
+    monkeypatch.setattr(matrix, "versions", lambda: {"torch": "9", "triton": "9", "kernels": {}})
     matrix.compile_all(wanted[:2], file, **run)  # type: ignore[arg-type]
     assert compiler.jobs == [*wanted, *wanted[:2]]
 
@@ -164,7 +164,7 @@ def test_the_report_counts(tmp_path: Path) -> None:
     rows[small] = replace(rows[small], shared_memory=200_000)
     wrong = next(n for n, row in enumerate(rows) if row.job.why == "refused" and row.outcome is Outcome.OK)
     rows[wrong] = replace(rows[wrong], shared_memory=100_000)
-    report = matrix.summarise(rows, "a test", 12.0)
+    report = compile_report.summarise(rows, "a test", 12.0)
     decode, combine = report.lines
     assert (decode.role, decode.arch, decode.kind, decode.problems) == ("decode", "sm_80", "fp16 d128 8 rows", 2)
     assert combine.grid == combine.space == 0
@@ -174,15 +174,16 @@ def test_the_report_counts(tmp_path: Path) -> None:
     assert decode.tried == decode.compiled + count < decode.space
     assert (decode.too_large, decode.refused_wrongly) == (1, 1)
     assert decode.shared_memory[1] == 200_000
+    assert (decode.exact, decode.under) == (decode.compiled + decode.refused_tried - 2, 1)
     assert decode.registers == (128, 128)
     assert 0 < decode.spilling < decode.compiled
     assert decode.stack == 64
     assert all(
         row.outcome is not Outcome.OK or row.job.why in ("default", "corner", "winner") for row in report.special
     )
-    assert codec.from_json(matrix.Report, json.loads(codec.canonical(report))) == report
+    assert codec.from_json(compile_report.Report, json.loads(codec.canonical(report))) == report
 
-    matrix.write(report, tmp_path / "report.json")
+    compile_report.write(report, tmp_path / "report.json")
     text = (tmp_path / "report.md").read_text()
     assert "1 need more shared memory than the device has" in text
     assert f"| decode | sm_80 | fp16 d128 8 rows | {decode.grid} | {decode.space} | {decode.tried} |" in text

@@ -92,16 +92,12 @@ class Case:
     available: int = offline.UNLIMITED
 
 
-def tile(kernel: str, **values: Any) -> Config:
-    return Config.of(f"triton_{kernel}", **{"num_warps": 4, "num_stages": 3, "tma": False, **values})
-
-
+TILE = Config.of("triton_forward", block_m=64, block_n=64, num_warps=4, num_stages=3, tma=False)
 DECODING = Config.of("triton_decode", block_n=64, num_splits=4, num_warps=4, num_stages=3)
 HALF, SINGLE = replace(DECODE, dtype=Dtype.BF16), replace(DECODE, dtype=Dtype.FP32, heads=16, kv_heads=4, head_dim=64)
 CASES = {
-    "fits": Case("forward", BASE, tile("forward", block_m=64, block_n=64), available=40960),
-    "one byte too few": Case("forward", BASE, tile("forward", block_m=64, block_n=64), available=40959),
-    "TMA on sm_80": Case("forward", BASE, tile("forward", block_m=64, block_n=64, tma=True)),
+    "fits": Case("forward", BASE, TILE, available=40960),
+    "one byte too few": Case("forward", BASE, TILE, available=40959),
     "decode": Case("decode", HALF, DECODING),
     "decode, sm_90": Case("decode", replace(DECODE, head_dim=56, v_head_dim=56), DECODING, 90),
     "decode, float32": Case("decode", SINGLE, Config.of("triton_decode", **{**DECODING.as_dict(), "block_n": 32})),
