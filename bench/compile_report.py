@@ -62,13 +62,13 @@ class Report:
 
     torch: str
     triton: str
-    chosen: str
+    command: str
     lines: tuple[Line, ...]
     special: tuple[Row, ...]
     seconds: float
 
 
-def summarise(rows: Sequence[Row], chosen: str, seconds: float) -> Report:
+def summarise(rows: Sequence[Row], command: str) -> Report:
     """Return the report of all `rows`, a line per role, architecture and kind of problem."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -78,10 +78,10 @@ def summarise(rows: Sequence[Row], chosen: str, seconds: float) -> Report:
     return Report(
         torch=str(found["torch"]),
         triton=str(found["triton"]),
-        chosen=chosen,
+        command=command,
         lines=tuple(_line(*group, rows) for group, rows in groups.items()),
         special=tuple(special),
-        seconds=round(seconds, 1),
+        seconds=round(sum(row.seconds for row in rows), 1),
     )
 
 
@@ -197,7 +197,9 @@ def markdown(report: Report) -> str:
         [
             "# What our kernels compile to, without a GPU",
             "",
-            f"Triton {report.triton}, torch {report.torch}; {report.chosen}; {report.seconds:.0f} s.",
+            f"Triton {report.triton}, torch {report.torch}; {report.seconds:.0f} s of compiling.",
+            "",
+            f"    {report.command}",
             "",
             f"Of {total['space']} configs in the spaces {total['tried']} were tried (kernels without parameters among "
             f"them): {total['compiled']} compiled, {total['tried'] - total['compiled']} failed, "

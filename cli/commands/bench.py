@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-import time
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +57,6 @@ def compile_(
     for name in archs:
         if name not in matrix.DEVICES:
             raise SettingsError(f"--arch: expected one of {', '.join(matrix.DEVICES)}, got {name!r}")
-    start = time.monotonic()
     jobs = matrix.jobs(_problems(models or [], problems or []), archs, every=every, limit=limit)
     done = 0
 
@@ -69,16 +69,13 @@ def compile_(
     rows = matrix.compile_all(
         jobs, output.with_suffix(".rows.jsonl"), processes=processes, seconds=seconds, report=report
     )
-    chosen = (
-        f"every {every}th config" if every else f"{limit} configs of each space" if limit is not None else "all configs"
-    )
-    found = compile_report.summarise(rows, chosen, time.monotonic() - start)
+    found = compile_report.summarise(rows, f"tilewise {shlex.join(sys.argv[1:])}")
     compile_report.write(found, output)
     if as_json:
         print_json(found)
     else:
         print_table("", compile_report.COLUMNS, map(compile_report.cells, found.lines))
-        out.print(f"{len(rows)} configs in {found.seconds:.0f} s: {output}", markup=False)
+        out.print(f"{len(rows)} configs, {done} of them compiled now: {output}", markup=False)
 
 
 def _problems(models: list[str], keys: list[str]) -> "list[Problem]":

@@ -164,7 +164,7 @@ def test_the_report_counts(tmp_path: Path) -> None:
     rows[small] = replace(rows[small], shared_memory=200_000)
     wrong = next(n for n, row in enumerate(rows) if row.job.why == "refused" and row.outcome is Outcome.OK)
     rows[wrong] = replace(rows[wrong], shared_memory=100_000)
-    report = compile_report.summarise(rows, "a test", 12.0)
+    report = compile_report.summarise(rows, "tilewise bench compile")
     decode, combine = report.lines
     assert (decode.role, decode.arch, decode.kind, decode.problems) == ("decode", "sm_80", "fp16 d128 8 rows", 2)
     assert combine.grid == combine.space == 0
@@ -188,7 +188,7 @@ def test_the_report_counts(tmp_path: Path) -> None:
     assert "1 need more shared memory than the device has" in text
     assert f"| decode | sm_80 | fp16 d128 8 rows | {decode.grid} | {decode.space} | {decode.tried} |" in text
     assert "worker_died: exit code -6" in text.partition("## What failed")[2]
-    assert json.loads((tmp_path / "report.json").read_text())["chosen"] == "a test"
+    assert json.loads((tmp_path / "report.json").read_text())["command"] == "tilewise bench compile"
 
 
 def test_the_command(tmp_path: Path, compiler: Compiler, run: Cli) -> None:
@@ -196,8 +196,10 @@ def test_the_command(tmp_path: Path, compiler: Compiler, run: Cli) -> None:
     arguments = ("bench", "compile", "--output", str(output), "--problems", DECODING.key, "--limit", "2")
     assert run(*arguments) == 0
     assert run.out.startswith("kernel")
-    assert f"{len(compiler.jobs)} configs in " in run.out
-    assert output.with_suffix(".md").exists()
+    assert f"{len(compiler.jobs)} configs, {len(compiler.jobs)} of them compiled now: {output}\n" in run.out
+    assert f"    tilewise bench compile --output {output} --problems {DECODING.key} --limit 2\n" in (
+        output.with_suffix(".md").read_text()
+    )
     done = len(compiler.jobs)
     assert run(*arguments, "--json") == 0
     assert len(json.loads(run.out)["lines"]) == 4
