@@ -100,7 +100,7 @@ def write(report: Report, path: Path) -> None:
 def summary(verdict: Verdict, *, where: bool = True) -> str:
     """Return the one line that says how a bar stands; `where`: and in which cell it is worst."""
     if verdict.geomean is None or verdict.worst is None:
-        return f"nothing measured: {'; '.join(verdict.missing)}"
+        return f"nothing to compare in any of {len(verdict.missing)} cells"
     if len(verdict.shares) == 1:
         return f"{verdict.worst:.3f}{_bar(verdict.each_bar)}: {standing(verdict)}"
     place = f" at {verdict.worst_cell}" if where else ""
@@ -162,7 +162,9 @@ def _section(verdict: Verdict, report: Report) -> list[str]:
     others = list(dict.fromkeys(name for _, row in found for name in row.others))
     columns = ["cell", "ours ms", unit, *(f"{named(name)} ms" for name in others)]
     columns += ["share", "of", "noise", "measured", "our config"]
-    lines = [f"## {verdict.title}", "", f"**{summary(verdict)}.**", "", _line(columns), _line(["---"] * len(columns))]
+    lines = [f"## {verdict.title}", "", f"**{summary(verdict)}.**"]
+    if found:
+        lines += ["", _line(columns), _line(["---"] * len(columns))]
     lines += [_line(_cells(share, row, others)) for share, row in found]
     for each in verdict.against:
         over = f"{named(each.backend)}: geomean {each.geomean:.3f}, worst {each.worst:.3f} over {each.cells} cells"
