@@ -11,7 +11,7 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, Gradients, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_varlen
 from ..call import Call
 from ..tiles import padded
 
@@ -34,7 +34,7 @@ class Triton(Backend):
             return f"needs sm_80 or newer, this is {device.arch}"
         if max(problem.head_dim, problem.v_head_dim) > 256:
             return "needs head_dim of at most 256"
-        return unsupported_feature(problem, "varlen", "page_size")
+        return unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         roles = ROLES if problem.pass_ is Pass.TRAINING else ROLES[:1]
@@ -44,6 +44,10 @@ class Triton(Backend):
         # Imported here: triton is absent where there is no GPU, and this file must still list its backend.
         from ..triton_kernels.forward import launch
 
+        if _nothing_packed(call):
+            total, heads = call.query.shape[:2]
+            lse = call.query.new_full((heads, total), -torch.inf, dtype=torch.float32)
+            return call.query.new_zeros(total, heads, call.value.shape[-1]), lse
         return launch(call, config or self._config(call, "forward"))
 
     def backward(
@@ -52,6 +56,8 @@ class Triton(Backend):
         from ..triton_kernels.backward import launch_dkdv, launch_dq, prepare
         from ..triton_kernels.bias import launch_dbias
 
+        if _nothing_packed(call):
+            return Gradients(*(torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value)))
         prepared = prepare(call, out, lse, grad_out)
         grad_key, grad_value = launch_dkdv(prepared, candidate.config("dkdv") or self._config(call, "dkdv"))
         grad_query = launch_dq(prepared, candidate.config("dq") or self._config(call, "dq"))
@@ -63,6 +69,11 @@ class Triton(Backend):
         problem = call.problem
         tiles = Tiles(padded(problem.head_dim), padded(problem.v_head_dim), _ELEMENT_BYTES[problem.dtype], False, 80, 0)
         return _default(role, tiles)
+
+
+def _nothing_packed(call: Call) -> bool:
+    """Whether a packed call has no queries, or no keys, at all: there is no memory that a kernel could be given."""
+    return call.cu_seqlens is not None and 0 in (call.query.shape[0], call.key.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
