@@ -1,5 +1,6 @@
 """Run a candidate on a call: the one place where a call meets a backend, eager and trainable."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 def run(call: Call, candidate: Candidate) -> Result:
     """Return the result (B, Q, H, Dv) of `candidate` for `call` and its LSE (B, H, Q) where the backend gives one.
+
+    A packed call has the result (total_q, H, Dv) and the LSE (H, total_q).
 
     Gradients: torch differentiates its own backends, Triton has its own backward, and behind the others the backward
     recomputes through torch (`domain.matching.default_candidate`). The LSE is not differentiable.
@@ -51,7 +54,7 @@ class _Attention(torch.autograd.Function):
         out, lse = backend.forward(call, candidate.config())
         # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
         results = (out, lse) if backend.has_backward else (None, None)
-        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *results)
+        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *(call.cu_seqlens or (None, None)), *results)
         ctx.problem, ctx.candidate = call.problem, candidate
         ctx.scalars = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": call.seed}
         if lse is not None:
@@ -61,8 +64,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask, slopes, out, lse = ctx.saved_tensors
-        call = Call(ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, **ctx.scalars)
+        query, key, value, mask, slopes, cu_q, cu_kv, out, lse = ctx.saved_tensors
+        cu_seqlens = None if cu_q is None else (cu_q, cu_kv)
+        call = Call(
+            ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, cu_seqlens=cu_seqlens, **ctx.scalars
+        )
         with torch.autocast(query.device.type, enabled=False):
             if out is None:
                 found = _recomputed(call, grad_out, ctx.needs_input_grad)
@@ -83,7 +89,7 @@ def _recomputed(call: Call, grad_out: torch.Tensor, needs: tuple[bool, ...]) -> 
     assert query is not None
     assert key is not None
     assert value is not None
-    again = Call(call.problem, query, key, value, call.scale, mask, call.alibi_slopes, call.softcap)
+    again = replace(call, query=query, key=key, value=value, mask=mask)
     with torch.enable_grad():
         out, _ = backend_named(default_candidate(call.problem).backend).forward(again, None)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]

@@ -1,13 +1,16 @@
 """tilewise.attention: scaled dot-product attention by the fastest known way on this device."""
 
 import math
+import os
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 
 from tilewise.domain.errors import InputError
-from tilewise.domain.problem import Dtype, Layout, Pass, Precision, Problem
+from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Layout, Pass, Precision, Problem
 from tilewise.kernels.call import DTYPES, Call, check_mask, check_tensors, mask_pattern
+from tilewise.kernels.packed import check_lengths, check_packed
 from tilewise.kernels.run import Result, run
 
 from . import session
@@ -31,6 +34,9 @@ def attention(
     dropout: float = 0.0,
     seed: int | None = None,
     scale: float | None = None,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None,
+    max_q: int | None = None,
+    max_kv: int | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
     precision: str = "ieee",
@@ -48,12 +54,19 @@ def attention(
     - alibi_slopes: (H,) or (B, H); adds -slope * |i + K - Q - j|. softcap: 0 for none. scale: D ** -0.5 by default.
     - dropout: share of the weights set to 0, the rest scaled by 1 / (1 - dropout). seed: the same seed drops the same
       weights; by default it is drawn from torch's CPU generator, which activation checkpointing restores.
+    - cu_seqlens: (cu_q, cu_kv), int32 (B + 1,) on the same device, of B sequences packed one behind the other: query
+      (total_q, H, D), key (total_kv, Hkv, D), value (total_kv, Hkv, Dv), the result (total_q, H, Dv). Sequence b has
+      the queries cu_q[b]..cu_q[b + 1] and the keys cu_kv[b]..cu_kv[b + 1], perhaps none; Q and K above are its own.
+      Goes with everything but a mask and layout="bhsd".
+    - max_q, max_kv: with cu_seqlens, lengths that no sequence exceeds (the same ones for the same dropout). Without
+      them the longest are looked up, which on a GPU waits for the device.
     - precision: "ieee", or "tf32" for float32 products on tensor cores. deterministic: the same bits every time.
-    - return_lse: return (result, LSE), LSE (B, H, Q) float32, natural log, without a gradient.
+    - return_lse: return (result, LSE), LSE (B, H, Q) or (H, total_q) float32, natural log, without a gradient.
     - backend: "auto", or the name of one; strict: raise instead of falling back where it cannot run.
 
     Rows with nothing to attend give 0 and LSE -inf. Where the chosen backend has no backward of its own (the tiled CPU
-    kernel has none), the backward recomputes through torch.
+    kernel has none), the backward recomputes through torch. What cu_seqlens holds is looked at on the CPU, and on a GPU
+    only where max_q or max_kv is left out or the variable TILEWISE_DEBUG is 1, for that waits for the device.
 
     Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
     and with strict=True UnsupportedError and whatever the backend raises.
@@ -65,6 +78,11 @@ def attention(
         raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout}")
     if window is not None and type(window) is not tuple:
         raise InputError(f"window: expected a tuple (left, right), got {window!r}")
+    sizes: _Sizes | None = None
+    if cu_seqlens is not None:
+        sizes = _packed_sizes(query, key, value, cu_seqlens, max_q, max_kv, mask, layout)
+    elif max_q is not None or max_kv is not None:
+        raise InputError(f"max_q and max_kv belong to cu_seqlens, got {max_q} and {max_kv} without; leave them out")
     swap = layout == "bhsd"
     if swap:
         if not query.dim() == key.dim() == value.dim() == 4:
@@ -75,17 +93,27 @@ def attention(
     )
     mask_key = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
     slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.device)
+    # of packed tensors every total is the same problem; they have been checked above
+    shapes: Hashable = (query.shape, key.shape, value.shape)
+    if sizes is not None:
+        shapes = (sizes, query.shape[1:], key.shape[1:], value.shape[1:])
     memo_key = (
-        query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
-        value.device, causal, window, mask_key, slopes_key, softcap > 0, dropout > 0, layout, return_lse, precision,
-        deterministic, backend, strict, learns,
+        shapes, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, causal, window, mask_key,
+        slopes_key, softcap > 0, dropout > 0, layout, return_lse, precision, deterministic, backend, strict, learns,
     )  # fmt: skip
     resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
     if resolved is None:
-        _check(query, key, value, window, mask, alibi_slopes, layout, precision)
+        _check(window, layout, precision)
+        if sizes is None:
+            check_tensors(query, key, value)
+            sizes = _Sizes(query.shape[0], query.shape[1], key.shape[1])
+        if mask is not None:
+            check_mask(mask, query, key)
+        if alibi_slopes is not None:
+            _check_slopes(alibi_slopes, query, sizes.batch)
         problem = _problem(
-            query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0, layout,
-            precision, deterministic, learns,
+            query, key, value, sizes, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0,
+            cu_seqlens is not None, layout, precision, deterministic, learns,
         )  # fmt: skip
         resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
         _remember(memo_key, resolved)
@@ -100,6 +128,7 @@ def attention(
         softcap=softcap,
         dropout=dropout,
         seed=int(torch.randint(1 << 62, (), device="cpu")) if dropout > 0 and seed is None else seed or 0,
+        cu_seqlens=None if cu_seqlens is None else (cu_seqlens[0].contiguous(), cu_seqlens[1].contiguous()),
     )
     out, lse = _run(call, resolved, strict=strict)
     if swap:
@@ -130,28 +159,61 @@ def _remember(memo_key: Hashable, resolved: Resolved) -> None:
     _resolved[memo_key] = resolved
 
 
-def _check(
+def looks_at_values(device: torch.device) -> bool:
+    """Whether lengths and pages on `device` are looked at: on a GPU that waits, so only with TILEWISE_DEBUG=1."""
+    return device.type == "cpu" or os.environ.get("TILEWISE_DEBUG") == "1"
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a problem that packed tensors do not show: sequences, and their longest lengths."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+
+
+def _packed_sizes(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    window: tuple[int, int] | None,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
+    max_q: int | None,
+    max_kv: int | None,
     mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
     layout: str,
-    precision: str,
-) -> None:
+) -> _Sizes:
+    """Return the sizes of a packed call. Raises InputError for one that cannot be."""
+    check_packed(query, key, value, cu_seqlens)
+    if mask is not None:
+        raise InputError(
+            f"mask: expected none with cu_seqlens, got {tuple(mask.shape)}; use causal, window and alibi_slopes, which "
+            "count within each sequence, or pad the sequences to one length and pass no cu_seqlens"
+        )
+    if layout != "bshd":
+        raise InputError(f"layout: expected 'bshd' with cu_seqlens, whose tensors have no batch, got {layout!r}")
+    batch, totals = cu_seqlens[0].shape[0] - 1, (query.shape[0], key.shape[0])
+    for name, most, total in zip(("max_q", "max_kv"), (max_q, max_kv), totals, strict=True):
+        if most is not None and (type(most) is not int or most * batch < total):
+            raise InputError(
+                f"{name}: expected the longest length of {batch} sequences with {total} rows in all, got {most!r}"
+            )
+    if max_q is None or max_kv is None or looks_at_values(query.device):
+        longest = check_lengths(cu_seqlens, totals, (max_q, max_kv))
+        max_q, max_kv = longest[0] if max_q is None else max_q, longest[1] if max_kv is None else max_kv
+    return _Sizes(batch, max(max_q, MAX_DECODE_Q_LEN + 1), max(max_kv, 1))  # Problem.packed says why 17
+
+
+def _check(window: tuple[int, int] | None, layout: str, precision: str) -> None:
     if layout not in list(Layout):
         raise InputError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     if precision not in list(Precision):
         raise InputError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
     if window is not None and (len(window) != 2 or not all(type(side) is int and side >= -1 for side in window)):
         raise InputError(f"window: expected (left, right), each -1 (unbounded) or at least 0, got {window!r}")
-    check_tensors(query, key, value)
-    if mask is not None:
-        check_mask(mask, query, key)
-    if alibi_slopes is None:
-        return
-    batch, heads = query.shape[0], query.shape[2]
+
+
+def _check_slopes(alibi_slopes: torch.Tensor, query: torch.Tensor, batch: int) -> None:
+    heads = query.shape[-2]
     if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
         raise InputError(
             f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
@@ -167,12 +229,14 @@ def _problem(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    sizes: _Sizes,
     causal: bool,
     window: tuple[int, int] | None,
     mask: torch.Tensor | None,
     alibi: bool,
     softcap: bool,
     dropout: bool,
+    varlen: bool,
     layout: str,
     precision: str,
     deterministic: bool,
@@ -182,13 +246,13 @@ def _problem(
     return Problem(
         pass_=Pass.TRAINING if learns else Pass.INFERENCE,
         dtype=dtype,
-        batch=query.shape[0],
-        heads=query.shape[2],
-        kv_heads=key.shape[2],
-        q_len=query.shape[1],
-        kv_len=key.shape[1],
-        head_dim=query.shape[3],
-        v_head_dim=value.shape[3],
+        batch=sizes.batch,
+        heads=query.shape[-2],
+        kv_heads=key.shape[-2],
+        q_len=sizes.q_len,
+        kv_len=sizes.kv_len,
+        head_dim=query.shape[-1],
+        v_head_dim=value.shape[-1],
         causal=causal,
         window=window,
         mask=mask_pattern(mask),
@@ -196,6 +260,7 @@ def _problem(
         alibi=alibi,
         softcap=softcap,
         dropout=dropout,
+        varlen=varlen,
         deterministic=deterministic,
         precision=Precision(precision) if dtype is Dtype.FP32 else Precision.IEEE,
         layout=Layout(layout),
