@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     entry: Any  # of the descriptor
     origin: Any  # row 0 in the descriptor's seq
     head: Any
+    column: Any  # of the descriptor
     stride: Any  # from one row to the next, of the pointer
     length: Any
 
@@ -56,7 +57,13 @@ def rows_of(tensor, entry, origin, head, stride_b, stride_s, stride_h, length, T
     if not TMA:
         tensor += tl.cast(entry, tl.int64) * stride_b + tl.cast(origin, tl.int64) * stride_s
         tensor += tl.cast(head, tl.int64) * stride_h
-    return Rows(tensor, entry, origin, head, stride_s, length)
+    return Rows(tensor, entry, origin, head, 0, stride_s, length)
+
+
+@triton.jit
+def wide_rows_of(tensor, entry, origin, head, length, COLUMNS: tl.constexpr):
+    """Return the Rows of one head in a `wide_descriptor`; behind the head's columns lie the next head's."""
+    return Rows(tensor, entry, origin, 0, head * COLUMNS, 0, length)
 
 
 @triton.jit
@@ -76,7 +83,8 @@ def load_tile(
     CLEAR sets them to 0, for a product that sums over the rows.
     """
     if TMA:
-        b_tile = rows.tensor.load([rows.entry, rows.origin + first, rows.head, 0]).reshape(BLOCK, BLOCK_COLUMNS)
+        b_tile = rows.tensor.load([rows.entry, rows.origin + first, rows.head, rows.column])
+        b_tile = b_tile.reshape(BLOCK, BLOCK_COLUMNS)
         if CLEAR:
             b_tile = tl.where((first + tl.arange(0, BLOCK) < rows.length)[:, None], b_tile, 0.0)
     else:
@@ -212,6 +220,7 @@ def attention_forward(
     DROPOUT: tl.constexpr,
     FOLD: tl.constexpr,
     TMA: tl.constexpr,
+    WIDE: tl.constexpr,  # whether value is a wide_descriptor
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -245,7 +254,10 @@ def attention_forward(
     )  # fmt: skip
     queries = rows_of(query, batch, q_first, head, stride_qb, stride_qs, stride_qh, q_len, TMA)
     keys = rows_of(key, batch, kv_first, kv_head, stride_kb, stride_ks, stride_kh, kv_len, TMA)
-    values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
+    if WIDE:
+        values = wide_rows_of(value, batch, kv_first, kv_head, kv_len, DV)
+    else:
+        values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
     b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False)
 
     first_diagonal = block * BLOCK_M + kv_len - q_len
@@ -289,6 +301,23 @@ def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
+def adjacent_heads(tensor: torch.Tensor) -> bool:
+    """Whether a tile of a BSHD tensor is narrower than its block and runs into the next head."""
+    columns = tensor.shape[-1]
+    return columns != padded(columns) and tensor.stride(2) == columns
+
+
+def wide_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Return a TMA descriptor of a BSHD tensor with `adjacent_heads`, all heads in one row.
+
+    A tile has the columns of the next head where `descriptor` has zeros, which take L2 twice the requests to fill in
+    (docs/notes/triton.md). It serves values, whose columns do not meet in the product.
+    """
+    batch, length, heads, columns = tensor.shape
+    shape, steps = [batch, length, 1, heads * columns], [*tensor.stride()[:2], tensor.stride(1), 1]
+    return TensorDescriptor(tensor, shape, steps, [1, rows, 1, padded(columns)])
+
+
 def describable(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` as TMA takes it: rows and base at multiples of 16 bytes; copied only where they are not."""
     size = tensor.element_size()
@@ -309,8 +338,10 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     given = features(call)
     plain = call.mask is None and call.alibi_slopes is None and call.softcap == 0
     tensors: tuple[object, ...] = (query, key, value)
+    wide = tma and adjacent_heads(value)
     if tma:
-        tensors = (descriptor(query, block_m), descriptor(key, block_n), descriptor(value, block_n))
+        values = wide_descriptor(value, block_n) if wide else descriptor(value, block_n)
+        tensors = (descriptor(query, block_m), descriptor(key, block_n), values)
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors are on
         attention_forward[(triton.cdiv(problem.q_len, block_m) * problem.batch * problem.heads,)](
             *tensors,
@@ -324,6 +355,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
             BLOCK_N=block_n,
             FOLD=plain and call.scale > 0,
             TMA=tma,
+            WIDE=wide,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )
