@@ -29,12 +29,28 @@ def run(call: Call, candidate: Candidate) -> Result:
     if torch.is_autocast_enabled(kind):  # the tensors have their dtypes: what is computed is what the problem says
         with torch.autocast(kind, enabled=False):
             return run(call, candidate)
+    call = _as_stored(call)
     backend = backend_named(candidate.backend)
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
         out, lse = backend.forward(call, candidate.config())
         return out, None if lse is None else lse.detach()
     out, lse = _Attention.apply(call.query, call.key, call.value, call.mask, call, candidate)
     return out, lse
+
+
+def _as_stored(call: Call) -> Call:
+    """Return `call` with tensors whose memory holds their values: torch may keep a sign as a mere flag of a view."""
+    tensors = call.query, call.key, call.value, call.mask, call.alibi_slopes
+    if not any(tensor is not None and tensor.is_neg() for tensor in tensors):
+        return call
+    return replace(
+        call,
+        query=call.query.resolve_neg(),
+        key=call.key.resolve_neg(),
+        value=call.value.resolve_neg(),
+        mask=None if call.mask is None else call.mask.resolve_neg(),
+        alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.resolve_neg(),
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -73,7 +89,8 @@ class _Attention(torch.autograd.Function):
             if out is None:
                 found = _recomputed(call, grad_out, ctx.needs_input_grad)
             else:
-                found = backend_named(ctx.candidate.backend).backward(call, out, lse, grad_out, ctx.candidate)
+                backend = backend_named(ctx.candidate.backend)
+                found = backend.backward(call, out, lse, grad_out.resolve_neg(), ctx.candidate)
         needs = ctx.needs_input_grad
         gradients = (found.query, found.key, found.value, found.mask)
         return (*(grad if need else None for grad, need in zip(gradients, needs, strict=False)), None, None)

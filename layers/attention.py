@@ -1,6 +1,5 @@
 """tilewise.attention: scaled dot-product attention by the fastest known way on this device."""
 
-import math
 import os
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -9,11 +8,12 @@ import torch
 
 from tilewise.domain.errors import InputError
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Layout, Pass, Precision, Problem
-from tilewise.kernels.call import DTYPES, Call, check_mask, check_tensors, mask_pattern
+from tilewise.kernels.call import DTYPES, FLOATING, Call, check_mask, check_tensors, mask_pattern
 from tilewise.kernels.packed import check_lengths, check_packed
 from tilewise.kernels.run import Result, run
 
 from . import session
+from .checks import check_choice, check_dense, check_learning, check_numbers
 from .resolve import Resolved, demote, resolve
 
 MEMO_LIMIT = 65_536
@@ -52,8 +52,8 @@ def attention(
     - mask: bool (True = attend) or additive float, any shape that broadcasts to (B, H, Q, K); a float mask that
       requires grad gets one.
     - alibi_slopes: (H,) or (B, H); adds -slope * |i + K - Q - j|. softcap: 0 for none. scale: D ** -0.5 by default.
-    - dropout: share of the weights set to 0, the rest scaled by 1 / (1 - dropout). seed: the same seed drops the same
-      weights; by default it is drawn from torch's CPU generator, which activation checkpointing restores.
+    - dropout: share of the weights set to 0, the rest scaled by 1 / (1 - dropout). seed: 0 to 2**63 - 1, the same seed
+      drops the same weights; by default drawn from torch's CPU generator, which activation checkpointing restores.
     - cu_seqlens: (cu_q, cu_kv), int32 (B + 1,) on the same device, of B sequences packed one behind the other: query
       (total_q, H, D), key (total_kv, Hkv, D), value (total_kv, Hkv, Dv), the result (total_q, H, Dv). Sequence b has
       the queries cu_q[b]..cu_q[b + 1] and the keys cu_kv[b]..cu_kv[b + 1], perhaps none; Q and K above are its own.
@@ -68,16 +68,23 @@ def attention(
     kernel has none), the backward recomputes through torch. What cu_seqlens holds is looked at on the CPU, and on a GPU
     only where max_q or max_kv is left out or the variable TILEWISE_DEBUG is 1, for that waits for the device.
 
-    Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
+    Raises InputError, naming the shapes, for tensors that do not fit together or are not dense and plain, for numbers
+    out of range, and for a head_dim above what the kernels of a named backend have; ConfigError for an unknown backend;
     and with strict=True UnsupportedError and whatever the backend raises.
     """
-    # checked here: what follows takes them for granted, and the memo keeps only whether there is a softcap
-    if not 0 <= softcap < math.inf:
-        raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout}")
-    if window is not None and type(window) is not tuple:
-        raise InputError(f"window: expected a tuple (left, right), got {window!r}")
+    check_numbers(softcap, dropout, scale, seed, window)
+    check_dense("query", query)
+    check_dense("key", key)
+    check_dense("value", value)
+    if mask is not None:
+        check_dense("mask", mask)
+    if alibi_slopes is not None:
+        check_dense("alibi_slopes", alibi_slopes)
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"alibi_slopes: {tuple(alibi_slopes.shape)} get no gradient; give alibi_slopes.detach(), or a mask of "
+                "biases that requires grad"
+            )
     sizes: _Sizes | None = None
     if cu_seqlens is not None:
         sizes = _packed_sizes(query, key, value, cu_seqlens, max_q, max_kv, mask, layout)
@@ -91,6 +98,8 @@ def attention(
     learns = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
     )
+    if learns:
+        check_learning(query=query, key=key, value=value, mask=mask, alibi_slopes=alibi_slopes)
     mask_key = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
     slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.device)
     # of packed tensors every total is the same problem; they have been checked above
@@ -101,12 +110,18 @@ def attention(
         shapes, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, causal, window, mask_key,
         slopes_key, softcap > 0, dropout > 0, layout, return_lse, precision, deterministic, backend, strict, learns,
     )  # fmt: skip
-    resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
+    try:
+        resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
+    except TypeError:  # an option that has no hash; the checks say which
+        resolved = None
     if resolved is None:
-        _check(window, layout, precision)
+        _check(layout, precision)
         if sizes is None:
             check_tensors(query, key, value)
             sizes = _Sizes(query.shape[0], query.shape[1], key.shape[1])
+        check_choice(
+            backend, query, value, causal=causal, return_lse=return_lse, deterministic=deterministic, strict=strict
+        )
         if mask is not None:
             check_mask(mask, query, key)
         if alibi_slopes is not None:
@@ -203,25 +218,21 @@ def _packed_sizes(
     return _Sizes(batch, max(max_q, MAX_DECODE_Q_LEN + 1), max(max_kv, 1))  # Problem.packed says why 17
 
 
-def _check(window: tuple[int, int] | None, layout: str, precision: str) -> None:
+def _check(layout: str, precision: str) -> None:
     if layout not in list(Layout):
         raise InputError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     if precision not in list(Precision):
         raise InputError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
-    if window is not None and (len(window) != 2 or not all(type(side) is int and side >= -1 for side in window)):
-        raise InputError(f"window: expected (left, right), each -1 (unbounded) or at least 0, got {window!r}")
 
 
 def _check_slopes(alibi_slopes: torch.Tensor, query: torch.Tensor, batch: int) -> None:
-    heads = query.shape[-2]
-    if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise InputError(
-            f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
-        )
-    if not alibi_slopes.is_floating_point() or alibi_slopes.device != query.device:
+    heads, shape = query.shape[-2], tuple(alibi_slopes.shape)
+    if shape not in ((heads,), (batch, heads)):
+        raise InputError(f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {shape}")
+    if alibi_slopes.dtype not in FLOATING or alibi_slopes.device != query.device:
         raise InputError(
             f"alibi_slopes: expected floating point on {query.device} like query, "
-            f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
+            f"got {alibi_slopes.dtype} {shape} on {alibi_slopes.device}"
         )
 
 
