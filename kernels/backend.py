@@ -55,6 +55,18 @@ class Backend(abc.ABC):
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32."""
 
+    def pinned(self, call: Call) -> "Backend":  # noqa: ARG002
+        """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one."""
+        return self
+
+    def saves(self, call: Call) -> bool:  # noqa: ARG002
+        """Return whether `backward` computes the gradients of `call` from what `saving_forward` gives."""
+        return self.has_backward
+
+    def saving_forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the result and the LSE, as `backward` takes them, where no graph is kept; only where it `saves`."""
+        return self.forward(call, config)
+
     def backward(
         self,
         call: Call,
@@ -63,7 +75,7 @@ class Backend(abc.ABC):
         grad_out: torch.Tensor,  # noqa: ARG002
         candidate: Candidate,
     ) -> Gradients:
-        """Return the gradients, for the result and LSE that `forward` gave; only where `has_backward`."""
+        """Return the gradients, for the result and LSE that `saving_forward` gave; only where it `saves`."""
         raise UnsupportedError(f"{candidate} has no backward of its own; kernels.run recomputes {call.problem.key}")
 
     def default(self, problem: Problem, device: Device) -> Candidate:

@@ -1,5 +1,8 @@
 """Run a candidate on a call: the one place where a call meets a backend, eager and trainable."""
 
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +37,43 @@ def run(call: Call, candidate: Candidate) -> Result:
     return out, lse
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What ran forward in training: the candidate, and whether its own backward takes the result and the LSE."""
+
+    candidate: Candidate
+    saved: bool
+
+
+def forward(call: Call, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor | None, Ran]:
+    """Return the result and LSE without a graph, and what `backward` needs to know besides."""
+    backend = backend_named(candidate.backend).pinned(call)
+    if backend.name != candidate.backend:
+        candidate = Candidate(backend.name)
+    ran = Ran(candidate, backend.saves(call))
+    with torch.no_grad(), _own_dtypes(call):
+        out, lse = (backend.saving_forward if ran.saved else backend.forward)(call, candidate.config())
+    return out, lse, ran
+
+
+def backward(
+    call: Call, ran: Ran, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """Return the gradients of query, key, value and mask; those that `needs` leaves out are not gradients.
+
+    Where nothing was saved, out and lse are not looked at, and the forward is computed again.
+    """
+    with _own_dtypes(call):
+        if not ran.saved:
+            return _recomputed(call, ran.candidate, grad_out, needs)
+        return backend_named(ran.candidate.backend).backward(call, out, lse, grad_out, ran.candidate)
+
+
+def _own_dtypes(call: Call) -> contextlib.AbstractContextManager[object]:
+    kind = call.query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
 class _Attention(torch.autograd.Function):
     """Forward by a backend that torch cannot differentiate."""
 
@@ -52,7 +92,7 @@ class _Attention(torch.autograd.Function):
         # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
         results = (out, lse) if backend.has_backward else (None, None)
         ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *results)
-        ctx.problem, ctx.candidate = call.problem, candidate
+        ctx.problem, ctx.ran = call.problem, Ran(candidate, backend.has_backward)
         ctx.scalars = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": call.seed}
         if lse is not None:
             ctx.mark_non_differentiable(lse)
@@ -63,18 +103,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mask, slopes, out, lse = ctx.saved_tensors
         call = Call(ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, **ctx.scalars)
-        with torch.autocast(query.device.type, enabled=False):
-            if out is None:
-                found = _recomputed(call, grad_out, ctx.needs_input_grad)
-            else:
-                found = backend_named(ctx.candidate.backend).backward(call, out, lse, grad_out, ctx.candidate)
         needs = ctx.needs_input_grad
+        found = backward(call, ctx.ran, out, lse, grad_out, needs)
         gradients = (found.query, found.key, found.value, found.mask)
         return (*(grad if need else None for grad, need in zip(gradients, needs, strict=False)), None, None)
 
 
-def _recomputed(call: Call, grad_out: torch.Tensor, needs: tuple[bool, ...]) -> Gradients:
-    """Return the gradients through torch's own choice; those that nobody needs are not gradients."""
+def _recomputed(call: Call, candidate: Candidate, grad_out: torch.Tensor, needs: Sequence[bool]) -> Gradients:
+    """Return the gradients through `candidate` where torch can differentiate it, else through torch's own choice."""
+    if not backend_named(candidate.backend).differentiable:
+        candidate = default_candidate(call.problem)
     inputs = [
         None if tensor is None else tensor.detach().requires_grad_(need)
         for tensor, need in zip((call.query, call.key, call.value, call.mask), needs, strict=False)
@@ -83,9 +121,9 @@ def _recomputed(call: Call, grad_out: torch.Tensor, needs: tuple[bool, ...]) -> 
     assert query is not None
     assert key is not None
     assert value is not None
-    again = Call(call.problem, query, key, value, call.scale, mask, call.alibi_slopes, call.softcap)
+    again = replace(call, query=query, key=key, value=value, mask=mask)
     with torch.enable_grad():
-        out, _ = backend_named(default_candidate(call.problem).backend).forward(again, None)
+        out, _ = backend_named(candidate.backend).forward(again, candidate.config())
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, grad_out), strict=True))
     grads = [None if tensor is None else found.get(id(tensor)) for tensor in inputs]

@@ -1,19 +1,24 @@
 """tilewise.attention: scaled dot-product attention by the fastest known way on this device."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 
+from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
 from tilewise.domain.problem import Dtype, Layout, Pass, Precision, Problem
 from tilewise.kernels.call import DTYPES, Call, check_mask, check_tensors, mask_pattern
-from tilewise.kernels.run import Result, run
+from tilewise.kernels.run import run
 
 from . import session
 from .resolve import Resolved, demote, resolve
 
 MEMO_LIMIT = 65_536
+Found = TypeVar("Found")
+# causal, window, layout, precision, deterministic, backend, return_lse, strict: a plain tuple, for every call makes one
+Options = tuple[bool, tuple[int, int] | None, str, str, bool, str, bool, bool]
 _resolved: dict[Hashable, Resolved] = {}
 _resolved_under = 0
 
@@ -73,19 +78,60 @@ def attention(
     learns = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
     )
-    mask_key = None if mask is None else (mask.shape, mask.dtype, mask.device, mask.requires_grad)
+    options = (causal, window, layout, precision, deterministic, backend, return_lse, strict)
+    if torch.compiler.is_compiling():
+        from . import ops  # which needs this module
+
+        out, lse = ops.traced_attention(
+            query, key, value, mask, alibi_slopes, seed, softcap, dropout, scale, options, learns
+        )
+    else:
+        if dropout > 0 and seed is None:
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
+        bias_grad = learns and mask is not None and mask.requires_grad
+        call, resolved = prepare(
+            query, key, value, mask, alibi_slopes, seed or 0, softcap, dropout, scale, options, learns, bias_grad
+        )
+        out, lse = run_resolved(call, resolved, run, strict=strict)
+    if swap:
+        out = out.transpose(1, 2)
+    if not return_lse:
+        return out
+    assert lse is not None, "resolve chose a backend that gives the LSE"
+    return out, lse
+
+
+def prepare(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    seed: int,
+    softcap: float,
+    dropout: float,
+    scale: float | None,
+    options: Options,
+    learns: bool,
+    bias_grad: bool,
+) -> tuple[Call, Resolved]:
+    """Return the call, its tensors BSHD, and what runs for it; remembered per shapes and options.
+
+    `learns`: gradients are wanted of the result; `bias_grad`: of the mask too. Raises what `attention` raises.
+    """
+    mask_key = None if mask is None else (mask.shape, mask.dtype, mask.device, bias_grad)
     slopes_key = None if alibi_slopes is None else (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.device)
     memo_key = (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device, key.device,
-        value.device, causal, window, mask_key, slopes_key, softcap > 0, dropout > 0, layout, return_lse, precision,
-        deterministic, backend, strict, learns,
+        value.device, mask_key, slopes_key, softcap > 0, dropout > 0, options, learns,
     )  # fmt: skip
     resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
     if resolved is None:
-        _check(query, key, value, window, mask, alibi_slopes, layout, precision)
-        problem = _problem(
+        causal, window, layout, precision, deterministic, backend, return_lse, strict = options
+        check(query, key, value, window, mask, alibi_slopes, layout, precision)
+        problem = problem_of(
             query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0, layout,
-            precision, deterministic, learns,
+            precision, deterministic, learns, bias_grad,
         )  # fmt: skip
         resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
         _remember(memo_key, resolved)
@@ -99,27 +145,22 @@ def attention(
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         dropout=dropout,
-        seed=int(torch.randint(1 << 62, (), device="cpu")) if dropout > 0 and seed is None else seed or 0,
+        seed=seed,
     )
-    out, lse = _run(call, resolved, strict=strict)
-    if swap:
-        out = out.transpose(1, 2)
-    if not return_lse:
-        return out
-    assert lse is not None, "resolve chose a backend that gives the LSE"
-    return out, lse
+    return call, resolved
 
 
-def _run(call: Call, resolved: Resolved, *, strict: bool) -> Result:
+def run_resolved(call: Call, resolved: Resolved, runner: Callable[[Call, Candidate], Found], *, strict: bool) -> Found:
+    """Return what `runner` finds for the resolved candidate; where that raises, demote it and run the fallback."""
     try:
-        return run(call, resolved.candidate)
+        return runner(call, resolved.candidate)
     except torch.OutOfMemoryError:
         raise  # the caller's to handle: another backend would need as much
     except Exception as error:  # a plan that fails here must not stop a training step
         if strict or resolved.candidate == resolved.fallback:
             raise
         demote(resolved, call.query.device, error)
-        return run(call, resolved.fallback)
+        return runner(call, resolved.fallback)
 
 
 def _remember(memo_key: Hashable, resolved: Resolved) -> None:
@@ -130,7 +171,7 @@ def _remember(memo_key: Hashable, resolved: Resolved) -> None:
     _resolved[memo_key] = resolved
 
 
-def _check(
+def check(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -140,6 +181,7 @@ def _check(
     layout: str,
     precision: str,
 ) -> None:
+    """Raise InputError for tensors, BSHD, or options that do not fit together."""
     if layout not in list(Layout):
         raise InputError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     if precision not in list(Precision):
@@ -163,7 +205,7 @@ def _check(
         )
 
 
-def _problem(
+def problem_of(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -177,7 +219,9 @@ def _problem(
     precision: str,
     deterministic: bool,
     learns: bool,
+    bias_grad: bool,
 ) -> Problem:
+    """Return the problem of checked tensors, BSHD, and options."""
     dtype = DTYPES[query.dtype]
     return Problem(
         pass_=Pass.TRAINING if learns else Pass.INFERENCE,
@@ -192,7 +236,7 @@ def _problem(
         causal=causal,
         window=window,
         mask=mask_pattern(mask),
-        bias_grad=learns and mask is not None and mask.requires_grad,
+        bias_grad=bias_grad,
         alibi=alibi,
         softcap=softcap,
         dropout=dropout,
