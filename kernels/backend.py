@@ -56,7 +56,10 @@ class Backend(abc.ABC):
         """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32."""
 
     def pinned(self, call: Call) -> "Backend":  # noqa: ARG002
-        """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one."""
+        """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one.
+
+        One that computes a forward again must drop the weights that the forward dropped.
+        """
         return self
 
     def saves(self, call: Call) -> bool:  # noqa: ARG002

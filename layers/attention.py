@@ -60,8 +60,11 @@ def attention(
     Rows with nothing to attend give 0 and LSE -inf. Where the chosen backend has no backward of its own (the tiled CPU
     kernel has none), the backward recomputes through torch.
 
+    torch.compile and torch.export keep the call as an operator that looks the answer up at run time: `layers.ops`.
+
     Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
-    and with strict=True UnsupportedError and whatever the backend raises.
+    and with strict=True UnsupportedError and whatever the backend raises. While a graph is compiled, torch raises an
+    error of its own with that message in it.
     """
     # checked here: what follows takes them for granted, and the memo keeps only whether there is a softcap
     if not 0 <= softcap < math.inf:

@@ -50,18 +50,20 @@ _OPTIONS = (
 )
 _CALL = f"{_TENSORS}, {_NUMBERS}, {_OPTIONS}"
 _TRAINING = f"{_CALL}, bool learns, bool bias_grad"
-_HOST = (torch.Tag.cudagraph_unsafe,)  # reads plan or seed on the host
+_PROPER = (torch.Tag.pt2_compliant_tag,)
+_ON_HOST = (*_PROPER, torch.Tag.cudagraph_unsafe)  # reads plan or seed on the host
 _library = torch.library.Library("tilewise", "DEF")
-_library.define(f"attention({_CALL}) -> (Tensor, Tensor)")
-_library.define(f"attention_forward({_TRAINING}) -> (Tensor, Tensor, Tensor)", tags=_HOST)
+_library.define(f"attention({_CALL}) -> (Tensor, Tensor)", tags=_PROPER)
+_library.define(f"attention_forward({_TRAINING}) -> (Tensor, Tensor, Tensor)", tags=_ON_HOST)
 _library.define(
     f"attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor plan, bool[4] needs, {_TRAINING})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_HOST,
+    tags=_ON_HOST,
 )
 _library.define(
     "decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? lengths, Tensor? block_table, "
-    "SymInt[]? window, float softcap, float? scale, bool return_lse, str backend, bool strict) -> (Tensor, Tensor)"
+    "SymInt[]? window, float softcap, float? scale, bool return_lse, str backend, bool strict) -> (Tensor, Tensor)",
+    tags=_PROPER,
 )
 
 # What ran in training, by number: as many as this process has tried candidates.

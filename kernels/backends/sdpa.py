@@ -51,15 +51,18 @@ class Sdpa(Backend):
         return out.transpose(1, 2), None
 
     def pinned(self, call: Call) -> Backend:
-        if not _is_plain(call):
+        if call.dropout == 0 and _needs_mask(call.problem):
             return self
-        with torch.enable_grad():
+        given = _given(call)
+        with torch.enable_grad():  # what it takes depends on whether gradients are wanted
             query, key, value = (tensor.detach().requires_grad_() for tensor in _bhsd(call))
             choice = torch._fused_sdp_choice(
                 query,
                 key,
                 value,
-                is_causal=_is_causal(call.problem),
+                given.mask,
+                call.dropout,
+                given.is_causal,
                 scale=call.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
