@@ -11,7 +11,7 @@ import typer
 from tilewise import __version__
 from tilewise.domain.errors import ConfigError, ProblemError, SettingsError, TilewiseError
 
-from .commands import answer, database, doctor, serve, show, tune
+from .commands import answer, bench, database, doctor, serve, show, tune
 from .console import err, out
 
 USAGE_ERRORS = (ProblemError, SettingsError, ConfigError)
@@ -44,6 +44,7 @@ app.command("tune")(tune.tune)
 app.command("answer")(answer.answer)
 app.command("show")(show.show)
 app.command("serve")(serve.serve)
+app.add_typer(bench.app, name="bench")
 app.add_typer(database.app, name="db")
 
 

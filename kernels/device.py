@@ -191,16 +191,19 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
         "sdpa": [folder / "backends/sdpa.py", folder / "cache.py"],
         "triton_decode": [
             folder / "tiles.py",
+            folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/decode.py",
             folder / "triton_kernels/combine.py",
         ],
         "triton_forward": [
             folder / "tiles.py",
             folder / "triton_kernels/common.py",
+            folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/forward.py",
         ],
         "triton_backward": [
             folder / "tiles.py",
+            folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/backward.py",
             folder / "triton_kernels/bias.py",
         ],

@@ -1,6 +1,7 @@
 """Checks a candidate against float64 before it may be timed."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -67,6 +68,12 @@ class Checker:
         self.cases = tuple(
             _case(name, random_call(of_case, device, seed=seed), seed) for name, of_case in _cases(problem).items()
         )
+
+    def main_only(self) -> "Checker":
+        """Return a checker of the problem itself alone, on the same tensors."""
+        alone = copy.copy(self)
+        alone.cases = self.cases[:1]
+        return alone
 
     @property
     def main(self) -> Case:

@@ -18,8 +18,9 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
-from .common import features, kept, scores, unit_stride
-from .forward import describable, descriptor, load_tile
+from .common import Scoring, features, kept, scores, strides, unit_stride
+from .forward import Rows, describable, descriptor, load_tile
+from .ranges import key_range, query_range
 
 
 @triton.jit
@@ -30,19 +31,7 @@ def weights_and_gradient(
     b_delta,  # broadcast over the keys
     o_row,
     o_key,
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     BORDER: tl.constexpr,
     MASK: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -50,16 +39,13 @@ def weights_and_gradient(
     DROPOUT: tl.constexpr,
 ):
     """Return the weights that multiply the values, the gradient of the scores, and that of query @ key.T / scale."""
-    b_s, b_tanh = scores(
-        b_s, o_row, o_key, p_mask, stride_mq, stride_mk, slope, scale, softcap, q_len, kv_len, left, right,
-        MASK, ALIBI, SOFTCAP, BORDER,
-    )  # fmt: skip
+    b_s, b_tanh = scores(b_s, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
     b_p = tl.exp2(b_s - b_lse)
     b_dropped = b_p
     if DROPOUT:
-        m_keep = kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout)
-        b_dropped = tl.where(m_keep, b_p / (1.0 - dropout), 0.0)
-        b_dp = tl.where(m_keep, b_dp / (1.0 - dropout), 0.0)
+        m_keep = kept(by.seed, by.o_place, o_row, o_key, by.q_len, by.kv_len, by.dropout)
+        b_dropped = tl.where(m_keep, b_p / (1.0 - by.dropout), 0.0)
+        b_dp = tl.where(m_keep, b_dp / (1.0 - by.dropout), 0.0)
     b_ds = b_p * (b_dp - b_delta)
     b_draw = b_ds
     if SOFTCAP:
@@ -111,30 +97,14 @@ def _visit_queries(
     b_dv,  # (BLOCK_N, BLOCK_DV) float32
     b_k,
     b_v,
-    query,
-    grad_out,
+    queries,  # Rows
+    grads_out,  # Rows
     p_lse,
     p_delta,
-    entry,
-    head,
-    stride_qs,
-    stride_gs,
     start,
     stop,
     o_key,  # (BLOCK_N, 1)
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -152,16 +122,15 @@ def _visit_queries(
     for first in range(start, stop, BLOCK_M):
         first = tl.multiple_of(first, BLOCK_M)
         o_m = first + tl.arange(0, BLOCK_M)
-        b_q = load_tile(query, entry, head, first, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
-        b_lse = tl.load(p_lse + o_m, mask=o_m < q_len, other=float("inf"))
+        b_q = load_tile(queries, first, BLOCK_M, BLOCK_D, D, True, TMA)
+        b_lse = tl.load(p_lse + o_m, mask=o_m < by.q_len, other=float("inf"))
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_do = load_tile(grad_out, entry, head, first, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, TMA)
+        b_do = load_tile(grads_out, first, BLOCK_M, BLOCK_DV, DV, True, TMA)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_delta = tl.load(p_delta + o_m, mask=o_m < q_len, other=0.0)
+        b_delta = tl.load(p_delta + o_m, mask=o_m < by.q_len, other=0.0)
         b_p, _, b_draw = weights_and_gradient(
-            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_m[None, :], o_key, p_mask, stride_mq, stride_mk, slope,
-            seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT,
-        )  # fmt: skip
+            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_m[None, :], o_key, by, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT
+        )
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(b_draw.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
@@ -236,27 +205,16 @@ def dkdv_kernel(
     else:
         p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
         p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
-    b_k = load_tile(p_k, entry, kv_head, block * BLOCK_N, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, True, TMA)
-    b_v = load_tile(p_v, entry, kv_head, block * BLOCK_N, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, True, TMA)
+    keys = Rows(p_k, entry, kv_head, stride_ks, kv_len)
+    values = Rows(p_v, entry, kv_head, stride_vs, kv_len)
+    b_k = load_tile(keys, block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, TMA)
+    b_v = load_tile(values, block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, TMA)
 
-    # queries are visited in [start, stop); of these, [inside_start, inside_stop) reach every key of the block.
-    # Rows beyond q_len weigh nothing (their LSE is +inf), and gradients of keys beyond kv_len are not stored.
-    offset = kv_len - q_len
-    first_row = block * BLOCK_N - offset  # the query on the diagonal of the first key
-    last_row = first_row + BLOCK_N - 1
-    start = 0
-    stop = q_len
-    inside_start = 0
-    inside_stop = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
-    if RIGHT:
-        start = tl.maximum(first_row - right, 0) // BLOCK_M * BLOCK_M
-        inside_start = tl.cdiv(tl.maximum(last_row - right, 0), BLOCK_M) * BLOCK_M
-    if LEFT:
-        stop = tl.minimum(tl.maximum(last_row + left + 1, 0), q_len)
-        inside_stop = tl.maximum(first_row + left + 1, 0) // BLOCK_M * BLOCK_M
-    inside_start = tl.minimum(inside_start, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
-    inside_stop = tl.maximum(tl.minimum(inside_stop, tl.cdiv(stop, BLOCK_M) * BLOCK_M), inside_start)
-
+    # rows beyond q_len weigh nothing (their LSE is +inf), and gradients of keys beyond kv_len are not stored
+    first_row = block * BLOCK_N - (kv_len - q_len)
+    start, inside_start, inside_stop, stop = query_range(
+        first_row, first_row + BLOCK_N - 1, q_len, left, right, BLOCK_M, LEFT, RIGHT
+    )
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     o_key = o_n[:, None]
@@ -273,25 +231,24 @@ def dkdv_kernel(
         else:
             p_q = query + o_entry * stride_qb + o_head * stride_qh
             p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
+        by = Scoring(
+            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right
+        )
+        queries = Rows(p_q, entry, head, stride_qs, q_len)
+        grads_out = Rows(p_do, entry, head, stride_gs, q_len)
         if RIGHT:
             b_dk, b_dv = _visit_queries(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, start,
-                inside_start, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
-                q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT,
-                TMA, PRECISION,
+                b_dk, b_dv, b_k, b_v, queries, grads_out, p_lse, p_delta, start, inside_start, o_key, by,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
             )  # fmt: skip
         b_dk, b_dv = _visit_queries(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, inside_start,
-            inside_stop, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
-            q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, False, MASK, ALIBI, SOFTCAP, DROPOUT,
-            TMA, PRECISION,
+            b_dk, b_dv, b_k, b_v, queries, grads_out, p_lse, p_delta, inside_start, inside_stop, o_key, by,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
         )  # fmt: skip
         if LEFT:
             b_dk, b_dv = _visit_queries(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, inside_stop,
-                stop, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
-                q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT,
-                TMA, PRECISION,
+                b_dk, b_dv, b_k, b_v, queries, grads_out, p_lse, p_delta, inside_stop, stop, o_key, by,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
             )  # fmt: skip
 
     o_d = tl.arange(0, BLOCK_D)
@@ -311,28 +268,12 @@ def _visit_keys(
     b_do,
     b_lse,
     b_delta,
-    key,
-    value,
-    entry,
-    kv_head,
-    stride_ks,
-    stride_vs,
+    keys,  # Rows
+    values,  # Rows
     start,
     stop,
     o_row,  # (BLOCK_M, 1)
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -350,14 +291,13 @@ def _visit_keys(
     for first in range(start, stop, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         o_key = (first + tl.arange(0, BLOCK_N))[None, :]
-        b_k = load_tile(key, entry, kv_head, first, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, BORDER, TMA)
+        b_k = load_tile(keys, first, BLOCK_N, BLOCK_D, D, BORDER, TMA)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_v = load_tile(value, entry, kv_head, first, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
+        b_v = load_tile(values, first, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         _, _, b_draw = weights_and_gradient(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row, o_key, p_mask, stride_mq, stride_mk, slope,
-            seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT,
-        )  # fmt: skip
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row, o_key, by, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT
+        )
         b_dq = tl.dot(b_draw.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -440,45 +380,36 @@ def dq_kernel(
         p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
         p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
         p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
-    b_q = load_tile(p_q, entry, head, block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
-    b_do = load_tile(p_do, entry, head, block * BLOCK_M, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, TMA)
+    by = Scoring(
+        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right
+    )
+    queries = Rows(p_q, entry, head, stride_qs, q_len)
+    grads_out = Rows(p_do, entry, head, stride_gs, q_len)
+    keys = Rows(p_k, entry, kv_head, stride_ks, kv_len)
+    values = Rows(p_v, entry, kv_head, stride_vs, kv_len)
+    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA)
+    b_do = load_tile(grads_out, block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, TMA)
     b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=m_m, other=float("inf"))
     b_delta = tl.load(delta + o_place * q_len + o_m, mask=m_m, other=0.0)
 
-    offset = kv_len - q_len
-    first_diagonal = block * BLOCK_M + offset
-    last_diagonal = first_diagonal + BLOCK_M - 1
-    start = 0
-    stop = kv_len
-    inside_start = 0
-    inside_stop = kv_len
-    if LEFT:
-        start = tl.maximum(first_diagonal - left, 0) // BLOCK_N * BLOCK_N
-        inside_start = tl.cdiv(tl.maximum(last_diagonal - left, 0), BLOCK_N) * BLOCK_N
-    if RIGHT:
-        stop = tl.minimum(tl.maximum(last_diagonal + right + 1, 0), kv_len)
-        inside_stop = tl.minimum(tl.maximum(first_diagonal + right + 1, 0), kv_len)
-    inside_stop = inside_stop // BLOCK_N * BLOCK_N
-    inside_start = tl.minimum(inside_start, stop)
-    inside_stop = tl.maximum(inside_stop, inside_start)
-
+    first_diagonal = block * BLOCK_M + kv_len - q_len
+    start, inside_start, inside_stop, stop = key_range(
+        first_diagonal, first_diagonal + BLOCK_M - 1, kv_len, left, right, BLOCK_N, LEFT, RIGHT
+    )
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     o_row = o_m[:, None]
     if LEFT:
         b_dq = _visit_keys(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, start, inside_start,
-            o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
-            right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+            b_dq, b_q, b_do, b_lse, b_delta, keys, values, start, inside_start, o_row, by,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
         )  # fmt: skip
     b_dq = _visit_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_start, inside_stop,
-        o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
-        right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, keys, values, inside_start, inside_stop, o_row, by,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
     )  # fmt: skip
     b_dq = _visit_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_stop, stop,
-        o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
-        right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, keys, values, inside_stop, stop, o_row, by,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
     )  # fmt: skip
     o_d = tl.arange(0, BLOCK_D)
     p_dq = grad_query + ((o_entry * q_len + o_m) * heads + head)[:, None] * D + o_d[None, :]
@@ -564,10 +495,7 @@ def _launch(
             prepared.lse2,
             prepared.delta,
             *outputs,
-            **dict(zip(("stride_qb", "stride_qs", "stride_qh"), query.stride(), strict=False)),
-            **dict(zip(("stride_kb", "stride_ks", "stride_kh"), key.stride(), strict=False)),
-            **dict(zip(("stride_vb", "stride_vs", "stride_vh"), value.stride(), strict=False)),
-            **dict(zip(("stride_gb", "stride_gs", "stride_gh"), grad_out.stride(), strict=False)),
+            **strides(q=query, k=key, v=value, g=grad_out),
             **given.dynamic,
             **given.static,
             BLOCK_M=config["block_m"],

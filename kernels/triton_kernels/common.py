@@ -5,6 +5,7 @@ broadcast to the tile ((M, 1) and (1, N), or (1, M) and (N, 1) for a transposed 
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,8 +13,8 @@ import triton.language as tl
 
 from ..call import Call
 from ..tiles import padded
+from .ranges import NO_LIMIT
 
-NO_LIMIT = 1 << 30
 NO_MASK, BOOL_MASK, BIAS = 0, 1, 2
 
 
@@ -26,21 +27,37 @@ def tanh(b_x):
     return tl.where(tl.abs(b_x) < 0.25, b_near, b_far)
 
 
+class Scoring(NamedTuple):
+    """What turns the products of query and key of one batch entry and head into weights, but for the constexpr."""
+
+    p_mask: Any  # at row 0, key 0
+    stride_mq: Any
+    stride_mk: Any
+    slope: Any
+    seed: Any
+    o_place: Any  # entry * heads + head
+    scale: Any
+    softcap: Any
+    dropout: Any
+    q_len: Any
+    kv_len: Any
+    left: Any
+    right: Any
+
+
+@triton.jit
+def in_reach(o_row, o_key, by):
+    """Return which pairs the window and kv_len leave."""
+    o_distance = o_key - (o_row + (by.kv_len - by.q_len))
+    return (o_key < by.kv_len) & (o_distance <= by.right) & (o_distance >= -by.left)
+
+
 @triton.jit
 def scores(
     b_s,  # query @ key.T
     o_row,
     o_key,
-    p_mask,  # at row 0, key 0 of this batch entry and head
-    stride_mq,
-    stride_mk,
-    slope,
-    scale,
-    softcap,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     MASK: tl.constexpr,
     ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -48,29 +65,28 @@ def scores(
 ):
     """Return scores in log2 units, -inf where masked, and tanh of the capped scores (b_s itself without softcap).
 
-    The order is that of kernels.reference: scale, softcap, ALiBi, mask, window. Tiles inside the window pass
-    BORDER=False and are not compared with it.
+    The order is that of kernels.reference: scale, softcap, ALiBi, mask, window.
+    Tiles inside the window pass BORDER=False and are not compared with it.
     """
     log2e: tl.constexpr = 1.4426950408889634
     b_tanh = b_s
     if SOFTCAP:
-        b_tanh = tanh(b_s * (scale / softcap))
-        b_s = b_tanh * (softcap * log2e)
+        b_tanh = tanh(b_s * (by.scale / by.softcap))
+        b_s = b_tanh * (by.softcap * log2e)
     else:
-        b_s = b_s * (scale * log2e)
-    o_distance = o_key - (o_row + (kv_len - q_len))
+        b_s = b_s * (by.scale * log2e)
     if ALIBI:
-        b_s -= (slope * log2e) * tl.abs(o_distance).to(tl.float32)
+        o_distance = o_key - (o_row + (by.kv_len - by.q_len))
+        b_s -= (by.slope * log2e) * tl.abs(o_distance).to(tl.float32)
     if MASK != 0:
-        m_inside = (o_row < q_len) & (o_key < kv_len)
-        p_tile = p_mask + o_row.to(tl.int64) * stride_mq + o_key.to(tl.int64) * stride_mk
+        m_inside = (o_row < by.q_len) & (o_key < by.kv_len)
+        p_tile = by.p_mask + o_row.to(tl.int64) * by.stride_mq + o_key.to(tl.int64) * by.stride_mk
         if MASK == 1:
             b_s = tl.where(tl.load(p_tile, mask=m_inside, other=0) != 0, b_s, -float("inf"))
         else:
             b_s += tl.load(p_tile, mask=m_inside, other=0.0).to(tl.float32) * log2e
     if BORDER:
-        m_reach = (o_key < kv_len) & (o_distance <= right) & (o_distance >= -left)
-        b_s = tl.where(m_reach, b_s, -float("inf"))
+        b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
     return b_s, b_tanh
 
 
@@ -162,6 +178,15 @@ def features(call: Call) -> Features:
             "PRECISION": str(call.problem.precision),
         },
     )
+
+
+def strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """Return the arguments stride_qb, stride_qs and stride_qh for q=query (B, Q, H, D), and so on."""
+    return {
+        f"stride_{name}{dim}": stride
+        for name, tensor in tensors.items()
+        for dim, stride in zip("bsh", tensor.stride(), strict=False)
+    }
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

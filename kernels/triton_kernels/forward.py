@@ -7,6 +7,8 @@ tiles of the two borders are compared with the window. Names: p_ pointer, b_ blo
 Two ways to load a tile: by pointers (sm_80 and up), or through TMA descriptors (sm_90 and up), which pad by themselves.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,17 +18,24 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
-from .common import features, kept, scores, unit_stride
+from .common import Scoring, features, in_reach, kept, scores, strides, unit_stride
+from .ranges import key_range
+
+
+class Rows(NamedTuple):
+    """Rows (seq, columns) of one head of one batch entry, by pointers or through TMA."""
+
+    tensor: Any  # a pointer at (row 0, column 0), or a descriptor of (batch, seq, heads, columns)
+    entry: Any  # of the descriptor
+    head: Any
+    stride: Any  # from one row to the next, of the pointer
+    length: Any
 
 
 @triton.jit
 def load_tile(
-    tensor,  # a pointer at (row 0, column 0) of one head, or a descriptor of (batch, seq, heads, columns)
-    entry,
-    head,
+    rows,  # Rows
     first,
-    stride,
-    length,
     BLOCK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -35,17 +44,19 @@ def load_tile(
 ):
     """Return rows first..first + BLOCK (BLOCK, BLOCK_COLUMNS), 0 beyond COLUMNS and, where RAGGED, beyond length."""
     if TMA:
-        b_tile = tensor.load([entry, first, head, 0]).reshape(BLOCK, BLOCK_COLUMNS)
+        b_tile = rows.tensor.load([rows.entry, first, rows.head, 0]).reshape(BLOCK, BLOCK_COLUMNS)
     else:
         o_row = first + tl.arange(0, BLOCK)
         o_column = tl.arange(0, BLOCK_COLUMNS)
-        p_tile = tensor + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
+        p_tile = rows.tensor + o_row.to(tl.int64)[:, None] * rows.stride + o_column[None, :]
+        m_row = (o_row < rows.length)[:, None]
+        m_column = (o_column < COLUMNS)[None, :]
         if RAGGED and COLUMNS != BLOCK_COLUMNS:
-            b_tile = tl.load(p_tile, mask=(o_row < length)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
+            b_tile = tl.load(p_tile, mask=m_row & m_column, other=0.0)
         elif RAGGED:
-            b_tile = tl.load(p_tile, mask=(o_row < length)[:, None], other=0.0)
+            b_tile = tl.load(p_tile, mask=m_row, other=0.0)
         elif COLUMNS != BLOCK_COLUMNS:
-            b_tile = tl.load(p_tile, mask=(o_column < COLUMNS)[None, :], other=0.0)
+            b_tile = tl.load(p_tile, mask=m_column, other=0.0)
         else:
             b_tile = tl.load(p_tile)
     return b_tile
@@ -57,28 +68,12 @@ def _visit(
     b_sum,  # (BLOCK_M,) float32
     b_peak,  # (BLOCK_M,) float32, in units of log2
     b_q,  # (BLOCK_M, BLOCK_D)
-    key,
-    value,
-    entry,
-    kv_head,
-    stride_ks,
-    stride_vs,
+    keys,  # Rows
+    values,  # Rows
     start,
     stop,
     o_m,
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -99,21 +94,16 @@ def _visit(
     for first in range(start, stop, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         o_key = (first + tl.arange(0, BLOCK_N))[None, :]
-        b_k = load_tile(key, entry, kv_head, first, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, BORDER, TMA)
+        b_k = load_tile(keys, first, BLOCK_N, BLOCK_D, D, BORDER, TMA)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if FOLD:
             # nothing but a positive scale: it goes into the exponent, one fused multiply-add per score
             if BORDER:
-                o_distance = o_key - (o_row + (kv_len - q_len))
-                m_reach = (o_key < kv_len) & (o_distance <= right) & (o_distance >= -left)
-                b_s = tl.where(m_reach, b_s, -float("inf"))
-            factor = scale * log2e
+                b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
+            factor = by.scale * log2e
             b_new = tl.maximum(b_peak, tl.max(b_s, 1) * factor)
         else:
-            b_s, _ = scores(
-                b_s, o_row, o_key, p_mask, stride_mq, stride_mk, slope, scale, softcap, q_len, kv_len, left, right,
-                MASK, ALIBI, SOFTCAP, BORDER,
-            )  # fmt: skip
+            b_s, _ = scores(b_s, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
             factor = 1.0
             b_new = tl.maximum(b_peak, tl.max(b_s, 1))
         # a row that has seen no key yet has the peak -inf: subtract 0 there, so that exp2 gives 0 and not NaN
@@ -123,8 +113,9 @@ def _visit(
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = b_acc * b_decay[:, None]
         if DROPOUT:
-            b_p = tl.where(kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout), b_p, 0.0)
-        b_v = load_tile(value, entry, kv_head, first, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
+            m_keep = kept(by.seed, by.o_place, o_row, o_key, by.q_len, by.kv_len, by.dropout)
+            b_p = tl.where(m_keep, b_p, 0.0)
+        b_v = load_tile(values, first, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_peak = b_new
     return b_acc, b_sum, b_peak
@@ -209,44 +200,33 @@ def attention_forward(
         p_q = query + o_entry * stride_qb + o_head * stride_qh
         p_k = key + o_entry * stride_kb + kv_head.to(tl.int64) * stride_kh
         p_v = value + o_entry * stride_vb + kv_head.to(tl.int64) * stride_vh
-    b_q = load_tile(p_q, entry, head, block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
+    by = Scoring(
+        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right
+    )
+    queries = Rows(p_q, entry, head, stride_qs, q_len)
+    keys = Rows(p_k, entry, kv_head, stride_ks, kv_len)
+    values = Rows(p_v, entry, kv_head, stride_vs, kv_len)
+    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA)
 
-    # keys are visited in [start, stop); of these, [inside_start, inside_stop) are in reach of every query of the block
-    offset = kv_len - q_len
-    first_diagonal = block * BLOCK_M + offset
-    last_diagonal = first_diagonal + BLOCK_M - 1
-    start = 0
-    stop = kv_len
-    inside_start = 0
-    inside_stop = kv_len
-    if LEFT:
-        start = tl.maximum(first_diagonal - left, 0) // BLOCK_N * BLOCK_N
-        inside_start = tl.cdiv(tl.maximum(last_diagonal - left, 0), BLOCK_N) * BLOCK_N
-    if RIGHT:
-        stop = tl.minimum(tl.maximum(last_diagonal + right + 1, 0), kv_len)
-        inside_stop = tl.minimum(tl.maximum(first_diagonal + right + 1, 0), kv_len)
-    inside_stop = inside_stop // BLOCK_N * BLOCK_N
-    inside_start = tl.minimum(inside_start, stop)
-    inside_stop = tl.maximum(inside_stop, inside_start)
-
+    first_diagonal = block * BLOCK_M + kv_len - q_len
+    start, inside_start, inside_stop, stop = key_range(
+        first_diagonal, first_diagonal + BLOCK_M - 1, kv_len, left, right, BLOCK_N, LEFT, RIGHT
+    )
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     if LEFT:
         b_acc, b_sum, b_peak = _visit(
-            b_acc, b_sum, b_peak, b_q, p_k, p_v, entry, kv_head, stride_ks, stride_vs, start, inside_start, o_m,
-            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
+            b_acc, b_sum, b_peak, b_q, keys, values, start, inside_start, o_m, by, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
         )  # fmt: skip
     b_acc, b_sum, b_peak = _visit(
-        b_acc, b_sum, b_peak, b_q, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_start, inside_stop, o_m,
-        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
+        b_acc, b_sum, b_peak, b_q, keys, values, inside_start, inside_stop, o_m, by, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
     )  # fmt: skip
     b_acc, b_sum, b_peak = _visit(
-        b_acc, b_sum, b_peak, b_q, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_stop, stop, o_m,
-        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
+        b_acc, b_sum, b_peak, b_q, keys, values, inside_stop, stop, o_m, by, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, PRECISION,
     )  # fmt: skip
 
     m_seen = b_sum > 0.0
@@ -295,10 +275,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
             *tensors,
             out,
             lse,
-            **dict(zip(("stride_qb", "stride_qs", "stride_qh"), query.stride(), strict=False)),
-            **dict(zip(("stride_kb", "stride_ks", "stride_kh"), key.stride(), strict=False)),
-            **dict(zip(("stride_vb", "stride_vs", "stride_vh"), value.stride(), strict=False)),
-            **dict(zip(("stride_ob", "stride_os", "stride_oh"), out.stride(), strict=False)),
+            **strides(q=query, k=key, v=value, o=out),
             **given.dynamic,
             **given.static,
             BLOCK_M=block_m,
