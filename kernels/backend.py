@@ -31,7 +31,8 @@ class Backend(abc.ABC):
 
     - name: as it stands in candidates and the database.
     - differentiable: torch can differentiate through `forward` by itself.
-    - has_backward: it has a `backward` of its own; where neither holds, `kernels.run` recomputes through torch.
+    - has_backward: its gradients are those of its own `backward`; where neither holds, `kernels.run` recomputes through
+      torch.
     - gives_lse: `forward` returns the LSE.
     - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
       cannot afford that skips the backend.
