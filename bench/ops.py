@@ -92,8 +92,8 @@ def _cells(backend: _Nothing) -> dict[str, tuple[Callable[[], object], ...]]:
     query, key, value, grad_out = (torch.randn(SHAPE) for _ in range(4))
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     options = (True, None, "bshd", "ieee", False, backend.name, False, False)
-    given = (None, None, None, 0.0, 0.0, None, *options)
-    call, _ = prepare(query, key, value, None, None, 0, 0.0, 0.0, None, options, False, False)
+    given = (*(None,) * 7, 0.0, 0.0, None, *options)
+    call, _ = prepare(query, key, value, None, None, None, 0, 0.0, 0.0, None, options, False, False)
 
     def kernel() -> tuple[torch.Tensor, torch.Tensor]:
         return backend.forward(call, None)

@@ -22,6 +22,11 @@ def _tiles(*configs: tuple[int, int, int, int, bool]) -> Known:
     return tuple(dict(zip(names, config, strict=True)) for config in configs)
 
 
+def _hopper(block: str, *configs: tuple[Value, ...]) -> Known:
+    names = (block, "num_warps", "num_stages", "persistent", "swizzle", "q_stages", "pingpong")
+    return tuple(dict(zip(names, config, strict=False)) for config in configs)
+
+
 # By kernel, then by the widest head_dim; the most promising first.
 # block_m, block_n, num_warps, num_stages, tma
 KNOWN: dict[str, dict[int, Known]] = {
@@ -57,6 +62,32 @@ KNOWN: dict[str, dict[int, Known]] = {
             (64, 32, 4, 3, True),
         ),
     },
+    "hopper_forward": {
+        64: _hopper(
+            "block_n",
+            (128, 8, 4, True, 0, 2, False), (128, 12, 3, True, 16, 2, False), (128, 8, 4, True, 16, 2, True),
+            (128, 8, 2, True, 64, 2, False), (128, 12, 3, True, 64, 2, False),
+        ),
+        128: _hopper(
+            "block_n",
+            (128, 8, 2, True, 0, 2, False), (128, 8, 2, True, 0, 1, True), (128, 8, 2, True, 16, 2, True),
+            (128, 8, 2, False, 0, 1, False),
+        ),
+    },
+    "hopper_dkdv": {
+        64: _hopper(
+            "block_m", (128, 8, 2, False, 16), (64, 4, 2, False, 0), (128, 8, 2, True, 0), (128, 8, 3, False, 0)
+        ),
+        128: _hopper(
+            "block_m", (64, 4, 2, False, 16), (64, 8, 3, False, 0), (64, 8, 2, True, 0), (64, 4, 2, True, 0)
+        ),
+    },
+    "hopper_dq": {
+        64: _hopper("block_n", (128, 8, 3, True, 16), (128, 8, 3, True, 64), (64, 8, 3, True, 0), (64, 12, 2, True, 0)),
+        128: _hopper(
+            "block_n", (64, 12, 2, False, 0), (64, 8, 3, True, 16), (64, 8, 2, False, 0), (128, 8, 2, True, 0)
+        ),
+    },
     "cpu_tiled": {
         256: (
             {"block_q": 64, "block_k": 512, "heads_per_chunk": 8},
@@ -79,16 +110,16 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Return what to try of our `backend`: its default, `best` as far as the spaces hold them, then one role at a time.
 
-    Of each role come `configs` known ones, and `explore` drawn from those that differ from a known one in a single
-    parameter. They take turns, so that whoever stops early has tried something of every role.
+    Of each kernel of a role come its default, `configs` known ones, and `explore` drawn from those that differ from a
+    known one in a single parameter. They take turns, so that whoever stops early has tried something of every role.
     """
     spaces = backend_named(backend).spaces(problem, device)
     default = backend_named(backend).default(problem, device)
     fitting = [each for each in best if each.backend == backend and _fits(each, spaces)]
     turns = []
-    for role, space in spaces.items():
-        known = _known(space, problem)[:configs]
-        near = sorted({config for each in (space.default, *known) for config in _neighbours(each, space)}, key=str)
+    for role, space in ((role, each) for role, whole in spaces.items() for each in whole.by_kernel):
+        known = [space.default, *_known(space, problem)[:configs]]
+        near = sorted({config for each in known for config in _neighbours(each, space)}, key=str)
         random.Random(seed).shuffle(near)
         tried = [*known, *[config for config in near if config not in known][:explore]]
         turns.append([default.with_config(role, config) for config in tried])

@@ -87,6 +87,13 @@ class Backend(abc.ABC):
         return Candidate.of(self.name, **{role: space.default for role, space in self.spaces(problem, device).items()})
 
 
+def unsupported_varlen(problem: Problem) -> str | None:
+    """Return why a backend that takes packed sequences, but no cache with lengths or pages, cannot compute it."""
+    if not problem.packed:
+        return unsupported_feature(problem, "varlen", "page_size")
+    return "varlen only without a mask" if problem.mask != "none" else unsupported_feature(problem, "page_size")
+
+
 def unsupported_feature(problem: Problem, *features: str) -> str | None:
     """Return why a backend that has none of `features` (fields of Problem) cannot compute `problem`."""
     for feature in features:

@@ -15,7 +15,8 @@ DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class Call:
     """Tensors and scalars of one call, already checked against each other.
 
-    - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv): any strides.
+    - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv): any strides. With cu_seqlens, B sequences packed
+      one behind the other: (total_q, H, D), (total_kv, Hkv, D), (total_kv, Hkv, Dv).
     - scale: factor on query @ key.T before everything else.
     - mask: bool (True = attend) or additive, broadcastable to (B, H, Q, K); None without one.
     - alibi_slopes: float32, (H,) or (B, H); adds -slope * |i + K - Q - j|.
@@ -28,6 +29,13 @@ class Call:
       None where every row has problem.kv_len. What lies behind is never read.
     - block_table: (B, max_pages), the pages of each row in order; key and value are then (pages, page_size, Hkv, D).
       Entries of which no key is attended may hold anything.
+
+    A packed problem has
+
+    - cu_seqlens: (cu_q, cu_kv), int32 (B + 1,) on the device of the tensors: sequence b has the queries
+      cu_q[b]..cu_q[b + 1] and the keys cu_kv[b]..cu_kv[b + 1], perhaps none, and a diagonal of its own, which ends at
+      its last query and key. The longest are at most problem.q_len and problem.kv_len. There is no mask; the result is
+      (total_q, H, Dv), the LSE (H, total_q).
     """
 
     problem: Problem
@@ -42,6 +50,7 @@ class Call:
     seed: int = 0
     kv_lengths: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def mask_is_bool(self) -> bool:
@@ -56,14 +65,18 @@ class Call:
         return replace(self, query=query, key=key, value=value)
 
 
-def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, paged: bool = False) -> None:
+def check_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, paged: bool = False, packed: bool = False
+) -> None:
     """Raise InputError unless BSHD query, key and value fit together and have a dtype that kernels take.
 
-    `paged`: key and value are (pages, page_size, heads, head_dim), and their first size is not the query's.
+    - paged: key and value are (pages, page_size, heads, head_dim), and their first size is not the query's.
+    - packed: all are (total, heads, head_dim), the total of query is not that of key, and each may be 0.
     """
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise InputError(f"expected 4 dimensions (batch, seq, heads, head_dim), got {shapes}")
+    names = ("total", "heads", "head_dim") if packed else ("batch", "seq", "heads", "head_dim")
+    if not query.dim() == key.dim() == value.dim() == len(names):
+        raise InputError(f"expected {len(names)} dimensions ({', '.join(names)}), got {shapes}")
     if query.dtype not in DTYPES:
         raise InputError(
             f"expected float16, bfloat16 or float32, got {query.dtype}; "
@@ -73,17 +86,17 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *
         raise InputError(f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}")
     if not query.device == key.device == value.device:
         raise InputError(f"expected one device, got query {query.device}, key {key.device}, value {value.device}")
-    if key.shape[0] != value.shape[0] or (not paged and query.shape[0] != key.shape[0]):
+    if not packed and (key.shape[0] != value.shape[0] or (not paged and query.shape[0] != key.shape[0])):
         raise InputError(f"expected one {'number of pages' if paged else 'batch size'}, got {shapes}")
-    if key.shape[1:3] != value.shape[1:3]:
+    if key.shape[-3:-1] != value.shape[-3:-1]:
         raise InputError(f"expected key and value of the same length and heads, got {shapes}")
-    if query.shape[3] != key.shape[3]:
+    if query.shape[-1] != key.shape[-1]:
         raise InputError(f"expected query and key of the same head_dim, got {shapes}")
-    if 0 in (*query.shape, *key.shape, *value.shape):
+    if any(0 in tensor.shape[1 if packed else 0 :] for tensor in (query, key, value)):
         raise InputError(f"expected no empty dimension, got {shapes}")
-    if query.shape[2] % key.shape[2]:
+    if query.shape[-2] % key.shape[-2]:
         raise InputError(
-            f"query heads must be a multiple of key heads, got {query.shape[2]} and {key.shape[2]} ({shapes})"
+            f"query heads must be a multiple of key heads, got {query.shape[-2]} and {key.shape[-2]} ({shapes})"
         )
 
 

@@ -22,6 +22,8 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 def run(call: Call, candidate: Candidate) -> Result:
     """Return the result (B, Q, H, Dv) of `candidate` for `call` and its LSE (B, H, Q) where the backend gives one.
 
+    A packed call has the result (total_q, H, Dv) and the LSE (H, total_q).
+
     Gradients: torch differentiates its own backends, Triton has its own backward, and behind the others the backward
     recomputes through torch (`domain.matching.default_candidate`). The LSE is not differentiable.
     """
@@ -51,9 +53,14 @@ def forward(call: Call, candidate: Candidate) -> tuple[torch.Tensor, torch.Tenso
     if backend.name != candidate.backend:
         candidate = Candidate(backend.name)
     ran = Ran(candidate, backend.saves(call))
-    with torch.no_grad(), _own_dtypes(call):
+    # what is computed again drops the weights that were dropped only if it is the same kernel, and SDPA chooses one by
+    # whether gradients are wanted
+    again = call.dropout > 0 and not ran.saved and call.problem.pass_ is Pass.TRAINING
+    if again:
+        call = _with_leaves(call, (True, True, True, call.problem.bias_grad))
+    with torch.set_grad_enabled(again), _own_dtypes(call):
         out, lse = (backend.saving_forward if ran.saved else backend.forward)(call, candidate.config())
-    return out, lse, ran
+    return out.detach(), None if lse is None else lse.detach(), ran
 
 
 def backward(
@@ -91,7 +98,7 @@ class _Attention(torch.autograd.Function):
         out, lse = backend.forward(call, candidate.config())
         # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
         results = (out, lse) if backend.has_backward else (None, None)
-        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *results)
+        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *(call.cu_seqlens or (None, None)), *results)
         ctx.problem, ctx.ran = call.problem, Ran(candidate, backend.has_backward)
         ctx.scalars = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": call.seed}
         if lse is not None:
@@ -101,8 +108,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask, slopes, out, lse = ctx.saved_tensors
-        call = Call(ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, **ctx.scalars)
+        query, key, value, mask, slopes, cu_q, cu_kv, out, lse = ctx.saved_tensors
+        cu_seqlens = None if cu_q is None else (cu_q, cu_kv)
+        call = Call(
+            ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, cu_seqlens=cu_seqlens, **ctx.scalars
+        )
         needs = ctx.needs_input_grad
         found = backward(call, ctx.ran, out, lse, grad_out, needs)
         gradients = (found.query, found.key, found.value, found.mask)
@@ -113,21 +123,24 @@ def _recomputed(call: Call, candidate: Candidate, grad_out: torch.Tensor, needs:
     """Return the gradients through `candidate` where torch can differentiate it, else through torch's own choice."""
     if not backend_named(candidate.backend).differentiable:
         candidate = default_candidate(call.problem)
-    inputs = [
-        None if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip((call.query, call.key, call.value, call.mask), needs, strict=False)
-    ]
-    query, key, value, mask = inputs
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    again = replace(call, query=query, key=key, value=value, mask=mask)
+    again = _with_leaves(call, needs)
     with torch.enable_grad():
         out, _ = backend_named(candidate.backend).forward(again, candidate.config())
+    inputs = (again.query, again.key, again.value, again.mask)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, grad_out), strict=True))
     grads = [None if tensor is None else found.get(id(tensor)) for tensor in inputs]
     d_query, d_key, d_value = (
-        tensor if grad is None else grad for tensor, grad in zip((query, key, value), grads[:3], strict=True)
+        tensor if grad is None else grad for tensor, grad in zip(inputs[:3], grads[:3], strict=True)
     )
     return Gradients(d_query, d_key, d_value, mask=grads[3])
+
+
+def _with_leaves(call: Call, needs: Sequence[bool]) -> Call:
+    """Return `call` with tensors of its own, of which those that `needs` says ask for gradients."""
+    query, key, value = (
+        tensor.detach().requires_grad_(need)
+        for tensor, need in zip((call.query, call.key, call.value), needs, strict=False)
+    )
+    mask = None if call.mask is None else call.mask.detach().requires_grad_(needs[3])
+    return replace(call, query=query, key=key, value=value, mask=mask)

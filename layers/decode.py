@@ -1,7 +1,6 @@
 """tilewise.decode: a few new queries against a cache of keys and values, by the fastest known way on this device."""
 
 import math
-import os
 from collections.abc import Hashable
 
 import torch
@@ -12,7 +11,7 @@ from tilewise.kernels.call import DTYPES, Call, check_cache, check_cache_values
 from tilewise.kernels.run import Result, run
 
 from . import session
-from .attention import MEMO_LIMIT, run_resolved
+from .attention import MEMO_LIMIT, looks_at_values, run_resolved
 from .resolve import Resolved, resolve
 
 _resolved: dict[Hashable, Resolved] = {}
@@ -109,7 +108,7 @@ def attend(
         kv_lengths=lengths,
         block_table=block_table,
     )
-    if query.device.type == "cpu" or os.environ.get("TILEWISE_DEBUG") == "1":
+    if looks_at_values(query.device):
         check_cache_values(call)
     return run_resolved(call, resolved, run, strict=strict)
 

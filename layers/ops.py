@@ -9,8 +9,8 @@ A graph holds the operator and not what it runs: the answer is looked up inside 
 then, so that dynamic shapes neither specialise nor compile again. Eager calls do not come here: the autograd.Function
 of kernels/run.py costs less.
 
-- Strides: every result is dense in the order (batch, seq, heads, head_dim), whatever a backend gives, for the graph was
-  compiled for the strides that the fake kernel promised. Inputs may have any.
+- Strides: every result is dense in the order (batch, seq, heads, head_dim) or (total, heads, head_dim), whatever a
+  backend gives, for the graph was compiled for the strides that the fake kernel promised. Inputs may have any.
 - Plan: a backward belongs to the candidate that ran forward, whatever `refresh` or the failure of another call has
   changed since. `plan`, int64 on the CPU, is that candidate's number in a table of this process (`_ran`), and is saved
   like the other tensors: what is recomputed, as under activation checkpointing, brings its own.
@@ -36,14 +36,27 @@ from tilewise.kernels import run
 from tilewise.kernels.call import Call, check_cache
 
 from . import decode as decoding
-from .attention import Found, Options, check, prepare, problem_of, run_resolved
+from .attention import Found, Options, Packed, check, packed_sizes, prepare, problem_of, run_resolved
 
-# query, key, value, mask, alibi_slopes, seed, softcap, dropout, scale
+# query, key, value, packed, mask, alibi_slopes, seed, softcap, dropout, scale
 Given = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, float, float, float | None
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    Packed | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    int,
+    float,
+    float,
+    float | None,
 ]
-_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alibi_slopes, Tensor? seed"
-_NUMBERS = "float softcap, float dropout, float? scale"
+TENSORS = 8  # the first arguments
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alibi_slopes, Tensor? cu_q, Tensor? cu_kv, "
+    "Tensor? seed"
+)
+_NUMBERS = "SymInt? max_q, SymInt? max_kv, float softcap, float dropout, float? scale"
 _OPTIONS = (
     "bool causal, SymInt[]? window, str layout, str precision, bool deterministic, str backend, bool return_lse, "
     "bool strict"
@@ -79,6 +92,7 @@ def traced_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    packed: Packed | None,
     mask: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     seed: int | None,
@@ -88,13 +102,15 @@ def traced_attention(
     options: Options,
     learns: bool,
 ) -> run.Result:
-    """Return the result (B, Q, H, Dv) and the LSE (B, H, Q) of an operator; without return_lse that is not for use."""
+    """Return the result and the LSE of an operator, in the shapes of `attention`; without return_lse that is no LSE."""
+    (cu_q, cu_kv), max_q, max_kv = packed or ((None, None), None, None)
     drawn = None
     if dropout > 0 and seed is None:
         drawn = torch.randint(1 << 62, (), device="cpu")
     elif dropout > 0:
         drawn = torch.full((), seed or 0, dtype=torch.int64, device="cpu")
-    call = (query, key, value, mask, alibi_slopes, drawn, softcap, dropout, scale, *options)
+    tensors = (query, key, value, mask, alibi_slopes, cu_q, cu_kv, drawn)
+    call = (*tensors, max_q, max_kv, softcap, dropout, scale, *options)
     if learns or drawn is not None:
         bias_grad = learns and mask is not None and mask.requires_grad
         out, lse, _ = torch.ops.tilewise.attention_forward(*call, learns, bias_grad)
@@ -139,10 +155,12 @@ def _as_eager(kernel: Callable[..., Found]) -> Callable[..., Found]:
 
 
 def _unpacked(call: Sequence[Any]) -> tuple[Given, Options]:
-    query, key, value, mask, alibi_slopes, seed, softcap, dropout, scale, causal, window, *rest = call
+    query, key, value, mask, alibi_slopes, cu_q, cu_kv, seed, max_q, max_kv, softcap, dropout, scale, *rest = call
+    packed = None if cu_q is None else ((cu_q, cu_kv), max_q, max_kv)
     seed = 0 if seed is None else int(seed)
-    options = (causal, None if window is None else tuple(window), *rest)
-    return (query, key, value, mask, alibi_slopes, seed, softcap, dropout, scale), options
+    causal, window, *others = rest
+    options = (causal, None if window is None else tuple(window), *others)
+    return (query, key, value, packed, mask, alibi_slopes, seed, softcap, dropout, scale), options
 
 
 def _attention(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,8 +178,7 @@ def _attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     *_, strict = options
     out, lse, ran = run_resolved(prepared, resolved, run.forward, strict=strict)
     if lse is None:
-        batch, q_len, heads, _ = out.shape
-        lse = out.new_zeros((batch, heads, q_len), dtype=torch.float32)
+        lse = out.new_zeros(_lse_shape(out), dtype=torch.float32)
     return _dense(out), _dense(lse), torch.tensor(_number(ran), dtype=torch.int64, device="cpu")
 
 
@@ -175,13 +192,25 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, ...]:
     *call, learns, bias_grad = args
     given, (causal, window, layout, precision, deterministic, *_) = _unpacked(call)
-    query, key, value, mask, alibi_slopes, seed, softcap, dropout, scale = given
+    query, key, value, packed, mask, alibi_slopes, seed, softcap, dropout, scale = given
+    sizes = None if packed is None else packed_sizes(query, key, value, packed, mask, layout)
     problem = problem_of(
-        query, key, value, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0, layout, precision,
-        deterministic, learns, bias_grad,
+        query, key, value, sizes, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0, layout,
+        precision, deterministic, learns, bias_grad,
     )  # fmt: skip
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    again = Call(problem, query, key, value, scale, mask, alibi_slopes, softcap, dropout, seed)
+    again = Call(
+        problem=problem,
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        dropout=dropout,
+        seed=seed,
+        cu_seqlens=None if packed is None else packed[0],
+    )
     found = run.backward(again, _ran[int(plan)], out, lse, grad_out, needs)
     gradients = (found.query, found.key, found.value, found.mask)
     return tuple(
@@ -211,7 +240,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     strides, step = [], 1
     for size in reversed(tensor.shape):
         strides.append(step)
-        step *= size
+        step *= max(size, 1)
     return tensor if tensor.stride() == (*reversed(strides),) else tensor.contiguous().view(-1).view(tensor.shape)
 
 
@@ -222,17 +251,23 @@ def _nothing(like: torch.Tensor) -> torch.Tensor:
 # what is promised of it
 
 
+def _lse_shape(query: torch.Tensor) -> tuple[int, ...]:
+    """Return (B, H, Q) of a query or result (B, Q, H, D), or (H, total_q) of packed ones (total_q, H, D)."""
+    *batch, rows, heads, _ = query.shape
+    return *batch, heads, rows
+
+
 def _like_result(query: torch.Tensor, value: torch.Tensor, *, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, q_len, heads, _ = query.shape
-    lse_shape = (batch, heads, q_len) if return_lse else (0,)
-    out = query.new_empty(batch, q_len, heads, value.shape[3])
-    return out, query.new_empty(lse_shape, dtype=torch.float32)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(_lse_shape(query) if return_lse else (0,), dtype=torch.float32)
 
 
 def _attention_fake(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, mask, alibi_slopes, *_ = call
+    query, key, value, mask, alibi_slopes, cu_q, cu_kv, *_ = call
     *_, layout, precision, _deterministic, _backend, return_lse, _strict = call
-    check(query, key, value, None, mask, alibi_slopes, layout, precision)  # the window's sides may be symbols
+    packed = None if cu_q is None else ((cu_q, cu_kv), None, None)
+    # not the window: its sides may be symbols
+    check(query, key, value, packed, mask, alibi_slopes, None, layout, precision)
     return _like_result(query, value, return_lse=return_lse)
 
 
@@ -261,7 +296,7 @@ def _decode_fake(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    tensors, ctx.options = inputs[:6], inputs[6:]
+    tensors, ctx.options = inputs[:TENSORS], inputs[TENSORS:]
     out, lse, plan = output
     ctx.save_for_backward(out, lse, plan, *tensors)
     ctx.mark_non_differentiable(lse, plan)
@@ -273,7 +308,7 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor, *_: object) -> tuple[torch.
     needs = ctx.needs_input_grad[:4]
     found = torch.ops.tilewise.attention_backward(grad_out, out, lse, plan, needs, *tensors, *ctx.options)
     gradients = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
-    return *gradients, *(None,) * (2 + len(ctx.options))
+    return *gradients, *(None,) * (TENSORS - 4 + len(ctx.options))
 
 
 for _name, _kernel, _fake in (

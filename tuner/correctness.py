@@ -21,6 +21,7 @@ from tilewise.kernels.inputs import random_call
 from .steps import GRADIENTS, results
 
 RAGGED_Q_LEN, RAGGED_KV_LEN = 211, 173
+PACKED_BATCH = 6  # the longest, three that lack queries, keys or both, and two more
 HOPELESS = 1e30  # times the bound; not infinity, which JSON does not have and the database refuses
 
 
@@ -58,7 +59,8 @@ class Checker:
     """Fresh random inputs of one seed, their float64 results, and the errors a candidate may have.
 
     The cases are the problem itself and small ones of the same kind: lengths that divide by nothing, and, where the
-    problem is causal or has a window, first rows that have nothing to attend. The bound per tensor: RMS and maximum
+    problem is causal or has a window, first rows that have nothing to attend; of packed sequences, some without
+    queries, keys or both. The bound per tensor: RMS and maximum
     error at most twice those of matmul, softmax, matmul in the input dtype, plus a floor of two units in the last
     place of max|reference| (one of its RMS) and eight (four) of float32.
     """
@@ -66,7 +68,8 @@ class Checker:
     def __init__(self, problem: Problem, device: torch.device, *, seed: int) -> None:
         self._device = devices.describe(device)
         self.cases = tuple(
-            _case(name, random_call(of_case, device, seed=seed), seed) for name, of_case in _cases(problem).items()
+            _case(name, random_call(of_case, device, seed=seed, empty=of_case is not problem), seed)
+            for name, of_case in _cases(problem).items()
         )
 
     def main_only(self) -> "Checker":
@@ -132,9 +135,12 @@ def _cases(problem: Problem) -> dict[str, Problem]:
 
 def _small(problem: Problem, q_len: int, kv_len: int) -> Problem:
     group, kv_heads = problem.heads // problem.kv_heads, min(problem.kv_heads, 2)
+    batch = min(problem.batch, 2)
+    if problem.packed:  # another than the problem's, which has no empty sequences
+        batch = PACKED_BATCH + (problem.batch == PACKED_BATCH)
     return replace(
         problem,
-        batch=min(problem.batch, 2),
+        batch=batch,
         heads=kv_heads * group,
         kv_heads=kv_heads,
         q_len=q_len,

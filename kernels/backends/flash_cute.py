@@ -24,14 +24,18 @@ from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, Gradients, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_feature, unsupported_varlen
 from ..call import Call
+from ..packed import flash_arguments
 
 KERNEL = "flash_cute_forward"
 KNOWN_VERSION = "4.0.0b36"
 _NEEDED = {"cutlass": "nvidia-cutlass-dsl", "quack": "quack-kernels", "tvm_ffi": "apache-tvm-ffi", "einops": "einops"}
 _TUNED = ("tile_mn", "mma_pv_is_rs", "intra_wg_overlap", "pack_gqa", "num_splits")
-_BACKWARD = ("softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "deterministic")
+_SHARED = (
+    "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right",
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+)  # fmt: skip
 # Registers of a thread for scores, their half-precision copy and the accumulator, by tile_m (64 rows a warp group).
 # Measured on an H200: above these a config spills and is 2 to 3 times slower than the best.
 _REGISTERS = {64: 240, 128: 216, 192: 140}
@@ -60,7 +64,7 @@ class FlashCute(Backend):
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         reason = _why_not_arch(problem, device) or _why_not_head_dim(problem, device.capability // 10)
-        return reason or unsupported_feature(problem, "mask", "alibi", "dropout", "varlen", "page_size")
+        return reason or unsupported_feature(problem, "mask", "alibi", "dropout") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         if _internals() is None:
@@ -71,15 +75,17 @@ class FlashCute(Backend):
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
-            own = _interface().flash_attn_func
+            interface = _interface()
         except ImportError as error:
             raise UnsupportedError(f"flash_attn.cute cannot be imported: {error}; install it again") from error
-        options = _options(call.problem, config)
+        options, packed = _options(call.problem, config), flash_arguments(call)
         if not options:
+            own = interface.flash_attn_varlen_func if packed else interface.flash_attn_func
             out, lse = own(
                 call.query,
                 call.key,
                 call.value,
+                **packed,
                 softmax_scale=call.scale,
                 causal=call.problem.causal,
                 window_size=_sides(call),
@@ -178,9 +184,10 @@ def _internals() -> Internals | None:
     if forward is None or backward is None:
         return None
     takes = {*inspect.signature(forward).parameters}
-    if not takes.issuperset({*_TUNED, *_BACKWARD[:-1], "return_lse"}):
+    if not takes.issuperset({*_TUNED, *_SHARED, "return_lse"}):
         return None
-    return Internals(forward, backward) if {*inspect.signature(backward).parameters}.issuperset(_BACKWARD) else None
+    takes = {*inspect.signature(backward).parameters}
+    return Internals(forward, backward) if takes.issuperset({*_SHARED, "deterministic"}) else None
 
 
 def version() -> str | None:
@@ -283,11 +290,20 @@ class _Tuned:
     window: tuple[int | None, int | None]
     softcap: float
     deterministic: bool
+    packed: dict[str, Any]
 
     @classmethod
     def of(cls, internals: Internals, call: Call) -> Self:
         problem = call.problem
-        return cls(internals, call.scale, problem.causal, _sides(call), call.softcap, problem.deterministic)
+        return cls(
+            internals,
+            call.scale,
+            problem.causal,
+            _sides(call),
+            call.softcap,
+            problem.deterministic,
+            flash_arguments(call),
+        )
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -297,6 +313,7 @@ class _Tuned:
             "softcap": self.softcap,
             "window_size_left": self.window[0],
             "window_size_right": self.window[1],
+            **self.packed,
         }
 
     def backward(

@@ -72,18 +72,18 @@ _DEFAULTS: dict[str, tuple[dict[str, Value], ...]] = {
     "forward": (
         {"block_n": 128, "num_warps": 8, "num_stages": 2, "q_stages": 1, "pingpong": False},
         {"block_n": 64, "num_warps": 8, "num_stages": 2, "q_stages": 1, "pingpong": False},
-        {"block_n": 64, "num_warps": 4, "num_stages": 1, "q_stages": 1, "pingpong": False},
+        {"block_n": 32, "num_warps": 8, "num_stages": 1, "q_stages": 1, "pingpong": False},
     ),
     "dkdv": (
         {"block_m": 128, "num_warps": 8, "num_stages": 2},
         {"block_m": 64, "num_warps": 4, "num_stages": 2},
-        {"block_m": 32, "num_warps": 4, "num_stages": 1},
+        {"block_m": 32, "num_warps": 8, "num_stages": 1},
     ),
     "dq": (
         {"block_n": 128, "num_warps": 8, "num_stages": 3},
         {"block_n": 64, "num_warps": 8, "num_stages": 3},
         {"block_n": 64, "num_warps": 8, "num_stages": 1},
-        {"block_n": 32, "num_warps": 4, "num_stages": 1},
+        {"block_n": 32, "num_warps": 8, "num_stages": 1},
     ),
 }
 
@@ -96,9 +96,17 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
     def fits_registers(values: Mapping[str, Value]) -> bool:
         return registers(role, widths, values) <= _REGISTERS[int(values["num_warps"])]
 
+    def assembles(values: Mapping[str, Value]) -> bool:
+        # a program of one consumer starts with 128 registers a thread, which ptxas finds too few for such a product
+        return int(values["num_warps"]) > 4 or results <= 128
+
+    results = {"forward": widths.v_head_dim, "dkdv": max(widths.head_dim, widths.v_head_dim), "dq": widths.head_dim}[
+        role
+    ]
     constraints = [
         Constraint("its rings exceed the shared memory of a block", fits),
         Constraint("accumulators and scores exceed the registers of a consumer", fits_registers),
+        Constraint("one consumer has too few registers for 256 columns", assembles),
     ]
     parameters = [
         Parameter("block_m" if role == "dkdv" else "block_n", (32, 64, 128)),

@@ -16,6 +16,7 @@ from tilewise.domain.problem import Dtype, Problem
 from ..backend import Backend, Gradients, unsupported_feature
 from ..cache import flattened, unsupported_cache
 from ..call import Call, allowed
+from ..packed import on_padded
 from . import sdpa_fused
 
 
@@ -32,41 +33,41 @@ class Sdpa(Backend):
         return unsupported_feature(problem, "softcap", "page_size", "deterministic") or unsupported_cache(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        call = flattened(call)
-        query, key, value = _bhsd(call)
-        given = _given(call)
-        with _seeded(call):
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=given.mask,
-                dropout_p=call.dropout,
-                is_causal=given.is_causal,
-                scale=call.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        if given.empty_rows is not None:
-            out = out.masked_fill(given.empty_rows, 0)
-        return out.transpose(1, 2), None
+        return on_padded(flattened(call), _attend)
 
     def pinned(self, call: Call) -> Backend:
-        if call.dropout == 0 and _needs_mask(call.problem):
+        if not _is_plain(call):
             return self
-        given = _given(call)
         with torch.enable_grad():  # what it takes depends on whether gradients are wanted
             query, key, value = (tensor.detach().requires_grad_() for tensor in _bhsd(call))
             choice = torch._fused_sdp_choice(
                 query,
                 key,
                 value,
-                given.mask,
-                call.dropout,
-                given.is_causal,
+                is_causal=_is_causal(call.problem),
                 scale=call.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         return _BY_CHOICE.get(choice, self)
+
+
+def _attend(call: Call) -> tuple[torch.Tensor, None]:
+    query, key, value = _bhsd(call)
+    given = _given(call)
+    with _seeded(call):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=given.mask,
+            dropout_p=call.dropout,
+            is_causal=given.is_causal,
+            scale=call.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    if given.empty_rows is not None:
+        out = out.masked_fill(given.empty_rows, 0)
+    return out.transpose(1, 2), None
 
 
 class _Chosen(Sdpa):
@@ -252,8 +253,9 @@ def _reach(
         rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
         reach = allowed(rows, columns, kv_len - q_len, window)
         assert reach is not None, "a window of (-1, -1) needs no mask"
-        empty = ~reach.any(-1, keepdim=True)
-        return reach, empty if bool(empty.any()) else None
+        # of a window only the right side can leave a query nothing: the first, where there are fewer keys
+        some_empty = window[1] != -1 and kv_len - q_len + window[1] < 0
+        return reach, ~reach.any(-1, keepdim=True) if some_empty else None
 
 
 def _alibi(call: Call) -> torch.Tensor:

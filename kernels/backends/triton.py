@@ -11,7 +11,7 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, Gradients, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_varlen
 from ..call import Call
 from ..tiles import padded
 from . import hopper_spaces
@@ -35,7 +35,7 @@ class Triton(Backend):
             return f"needs sm_80 or newer, this is {device.arch}"
         if max(problem.head_dim, problem.v_head_dim) > 256:
             return "needs head_dim of at most 256"
-        return unsupported_feature(problem, "varlen", "page_size")
+        return unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         roles = ROLES if problem.pass_ is Pass.TRAINING else ROLES[:1]
@@ -45,6 +45,10 @@ class Triton(Backend):
         # Imported here: triton is absent where there is no GPU, and this file must still list its backend.
         from ..triton_kernels.forward import launch
 
+        if _nothing_packed(call):
+            total, heads = call.query.shape[:2]
+            lse = call.query.new_full((heads, total), -torch.inf, dtype=torch.float32)
+            return call.query.new_zeros(total, heads, call.value.shape[-1]), lse
         config = config or self._config(call, "forward")
         if config.kernel != hopper_spaces.FORWARD:
             return launch(call, config)
@@ -60,6 +64,8 @@ class Triton(Backend):
         from ..triton_kernels.backward import launch_dkdv, launch_dq, prepare
         from ..triton_kernels.bias import launch_dbias
 
+        if _nothing_packed(call):
+            return Gradients(*(torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value)))
         prepared = prepare(call, out, lse, grad_out)
         dkdv, dq = (candidate.config(role) or self._config(call, role) for role in ROLES[1:])
         if {dkdv.kernel, dq.kernel} & {hopper_spaces.DKDV, hopper_spaces.DQ}:
@@ -91,6 +97,11 @@ def _with_hopper(role: str, problem: Problem, device: Device) -> SearchSpace:
     if role == "forward" and max(problem.head_dim, problem.v_head_dim) <= 64:
         return replace(space, alternatives=(hopper,))
     return replace(hopper, alternatives=(space,))
+
+
+def _nothing_packed(call: Call) -> bool:
+    """Whether a packed call has no queries, or no keys, at all: there is no memory that a kernel could be given."""
+    return call.cu_seqlens is not None and 0 in (call.query.shape[0], call.key.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..call import Call
 from .backward import Prepared, weights_and_gradient
 from .common import BIAS, Scoring, features, strides, unit_stride
-from .forward import Rows, load_tile
+from .forward import load_tile, rows_of
 
 BLOCK_M, BLOCK_N = 64, 64
 
@@ -92,21 +92,17 @@ def dbias_kernel(
         head = place % heads if ONE_B and ONE_H else place if ONE_H else mask_head
         o_entry = tl.cast(entry, tl.int64)
         o_head = tl.cast(head, tl.int64)
-        o_kv_head = o_head // GROUP
         o_place = o_entry * heads + o_head
         p_mask = mask + o_entry * stride_mb + o_head * stride_mh
         slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
-        p_q = query + o_entry * stride_qb + o_head * stride_qh
-        p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
-        p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
-        p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
-        queries = Rows(p_q, entry, head, stride_qs, q_len)
-        keys = Rows(p_k, entry, head // GROUP, stride_ks, kv_len)
-        values = Rows(p_v, entry, head // GROUP, stride_vs, kv_len)
-        grads_out = Rows(p_do, entry, head, stride_gs, q_len)
+        queries = rows_of(query, entry, 0, head, stride_qb, stride_qs, stride_qh, q_len, False)
+        keys = rows_of(key, entry, 0, head // GROUP, stride_kb, stride_ks, stride_kh, kv_len, False)
+        values = rows_of(value, entry, 0, head // GROUP, stride_vb, stride_vs, stride_vh, kv_len, False)
+        grads_out = rows_of(grad_out, entry, 0, head, stride_gb, stride_gs, stride_gh, q_len, False)
         by = Scoring(
-            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right
-        )
+            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, q_len, kv_len,
+            left, right,
+        )  # fmt: skip
         for q_block in range(0 if ONE_Q else q_tile, q_blocks if ONE_Q else q_tile + 1):
             o_m = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
             first_diagonal = q_block * BLOCK_M + kv_len - q_len
@@ -116,11 +112,11 @@ def dbias_kernel(
                     k_block * BLOCK_N + BLOCK_N - 1 >= first_diagonal - left
                 )
                 if reached:
-                    b_q = load_tile(queries, q_block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, False)
-                    b_k = load_tile(keys, k_block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, False)
+                    b_q = load_tile(queries, q_block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, False, False)
+                    b_k = load_tile(keys, k_block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, False, False)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-                    b_do = load_tile(grads_out, q_block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, False)
-                    b_v = load_tile(values, k_block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, False)
+                    b_do = load_tile(grads_out, q_block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, False, False)
+                    b_v = load_tile(values, k_block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, False, False)
                     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
                     b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=o_m < q_len, other=float("inf"))
                     b_delta = tl.load(delta + o_place * q_len + o_m, mask=o_m < q_len, other=0.0)

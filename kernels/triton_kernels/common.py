@@ -41,6 +41,8 @@ class Scoring(NamedTuple):
     dropout: Any
     q_len: Any
     kv_len: Any
+    max_q: Any  # with max_kv: what places of weights are counted by, the lengths themselves unless they vary
+    max_kv: Any
     left: Any
     right: Any
 
@@ -91,9 +93,12 @@ def scores(
 
 
 @triton.jit
-def kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout):
-    """Return which weights dropout keeps, from Philox at the weight's own place: the same in every kernel."""
-    o_weight = (o_place * q_len + o_row) * kv_len + o_key
+def kept(seed, o_place, o_row, o_key, max_q, max_kv, dropout):
+    """Return which weights dropout keeps, from Philox at the weight's own place: the same in every kernel.
+
+    The place of a packed sequence's weight is that in (batch, heads, max_q, max_kv), wherever the sequence lies.
+    """
+    o_weight = (o_place * max_q + o_row) * max_kv + o_key
     return tl.rand(seed, o_weight) >= dropout
 
 
@@ -108,7 +113,10 @@ def keep_mask(out, seed, q_len, kv_len, dropout, BLOCK: tl.constexpr):
 
 
 def dropout_mask(call: Call) -> torch.Tensor:
-    """Return the weights (B, H, Q, K), bool, that the kernels keep for the dropout and seed of `call`."""
+    """Return the weights (B, H, Q, K), bool, that the kernels keep for the dropout and seed of `call`.
+
+    Of a packed call Q and K are problem.q_len and kv_len; a sequence has the first rows and columns of its entry.
+    """
     problem = call.problem
     size = problem.q_len * problem.kv_len
     out = torch.empty(
@@ -134,15 +142,16 @@ class Features:
 def features(call: Call) -> Features:
     """Return the arguments for the masks, biases, dropout and window of `call`."""
     left, right = call.window
-    batch, q_len, heads, head_dim = call.query.shape
-    kv_len, kv_heads, v_head_dim = call.value.shape[1:]
-    mask = call.mask
+    problem, mask = call.problem, call.mask
+    heads, head_dim, v_head_dim = problem.heads, problem.head_dim, problem.v_head_dim
     if mask is not None:
-        mask = mask.expand(batch, heads, q_len, kv_len)  # a view: strides of 0 along broadcast dimensions
+        mask = mask.expand(
+            problem.batch, heads, problem.q_len, problem.kv_len
+        )  # a view: strides of 0 along broadcast dimensions
         mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
     slopes = call.alibi_slopes
     if slopes is not None:
-        slopes = slopes.float().expand(batch, heads)
+        slopes = slopes.float().expand(problem.batch, heads)
     return Features(
         dynamic={
             "mask": mask,
@@ -158,13 +167,13 @@ def features(call: Call) -> Features:
             "stride_ab": 0 if slopes is None else slopes.stride(0),
             "stride_ah": 0 if slopes is None else slopes.stride(1),
             "heads": heads,
-            "q_len": q_len,
-            "kv_len": kv_len,
+            "q_len": problem.q_len,
+            "kv_len": problem.kv_len,
             "left": NO_LIMIT if left == -1 else left,
             "right": NO_LIMIT if right == -1 else right,
         },
         static={
-            "GROUP": heads // kv_heads,
+            "GROUP": heads // problem.kv_heads,
             "D": head_dim,
             "DV": v_head_dim,
             "BLOCK_D": padded(head_dim),
@@ -175,9 +184,26 @@ def features(call: Call) -> Features:
             "ALIBI": slopes is not None,
             "SOFTCAP": call.softcap > 0,
             "DROPOUT": call.dropout > 0,
-            "PRECISION": str(call.problem.precision),
+            "PRECISION": str(problem.precision),
         },
     )
+
+
+def packing(call: Call) -> dict[str, object]:
+    """Return the arguments of a launch that say where packed sequences lie."""
+    cu_q, cu_kv = call.cu_seqlens or (None, None)
+    return {
+        "cu_q": cu_q,
+        "cu_kv": cu_kv,
+        "q_total": 0 if cu_q is None else call.query.shape[0],
+        "kv_total": 0 if cu_kv is None else call.key.shape[0],
+        "VARLEN": cu_q is not None,
+    }
+
+
+def batched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` (B, S, H, D), a packed one (total, H, D) as a batch of one."""
+    return tensor if tensor.dim() == 4 else tensor[None]
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:

@@ -51,7 +51,7 @@ def _query_tiles(block, extent, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OP
     first_row = block * BLOCK_N - (extent.kv_len - extent.q_len)
     start, inside_start, inside_stop, stop = query_range(
         first_row, first_row + BLOCK_N - 1, extent.q_len, extent.left, extent.right, BLOCK_M, OPTIONS.left,
-        OPTIONS.right,
+        OPTIONS.right, False,
     )  # fmt: skip
     high = (stop + BLOCK_M - 1) // BLOCK_M
     low = gl.minimum(start // BLOCK_M, high)

@@ -20,6 +20,7 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
+from .forward import adjacent_heads
 from .ranges import NO_LIMIT, key_range
 
 ROWS = 64  # of a consumer: what one warpgroup's matrix instruction takes
@@ -66,6 +67,7 @@ class Options:
     group: int  # query heads per key head
     left: bool  # whether the window has a left side
     right: bool  # whether it has a right side; causal is right = 0
+    wide: bool  # whether value is a wide descriptor
 
 
 @gluon.jit
@@ -193,10 +195,13 @@ def write(b_tile, pointer, stride, first, length, COLUMNS: gl.constexpr):
     gl.store(p_tile, b_out, mask=(o_row < length)[:, None] & (o_column < COLUMNS)[None, :])
 
 
-def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Return a TMA descriptor of a BSHD tensor whose tiles are `rows` of one head, padded to a power of two."""
-    tensor = tensor.permute(0, 2, 1, 3)
+def descriptor(tensor: torch.Tensor, rows: int, *, wide: bool = False) -> TensorDescriptor:
+    """Return a TMA descriptor of a BSHD tensor whose tiles are `rows` of one head, padded to a power of two.
+
+    `wide`: all heads in one row, as forward.wide_descriptor says.
+    """
     block = [1, 1, rows, padded(tensor.shape[-1])]
+    tensor = tensor.flatten(2).unsqueeze(1) if wide else tensor.permute(0, 2, 1, 3)
     layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
@@ -220,6 +225,7 @@ def options(call: Call, config: Config) -> Options:
         group=call.query.shape[2] // call.key.shape[2],
         left=left != -1,
         right=right != -1,
+        wide=adjacent_heads(call.value),
     )
 
 

@@ -48,6 +48,7 @@ def _produce(
     tiles,  # their rings
     work,
     extent,
+    DV: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):
     query, key, value = sources
@@ -69,7 +70,10 @@ def _produce(
         for i in range(high - low):
             first = (high - 1 - i) * BLOCK_N
             fill(keys, count, key, [entry, head // OPTIONS.group, first, 0], OPTIONS.stages)
-            fill(values, count, value, [entry, head // OPTIONS.group, first, 0], OPTIONS.stages)
+            if OPTIONS.wide:
+                fill(values, count, value, [entry, 0, first, head // OPTIONS.group * DV], OPTIONS.stages)
+            else:
+                fill(values, count, value, [entry, head // OPTIONS.group, first, 0], OPTIONS.stages)
             count += 1
 
 
@@ -276,7 +280,7 @@ def hopper_forward(
         gl.warp_specialize(
             [
                 (_consume, (results, strides, tiles, turns, scale, work, extent, FIRST, DV, OPTIONS)),
-                (_produce, (sources, tiles, work, extent, OPTIONS)),
+                (_produce, (sources, tiles, work, extent, DV, OPTIONS)),
             ],
             [1],
             [PRODUCER_REGISTERS],
@@ -286,7 +290,7 @@ def hopper_forward(
             [
                 (_consume, (results, strides, tiles, turns, scale, work, extent, FIRST, DV, OPTIONS)),
                 (_consume, (results, strides, tiles, turns, scale, work, extent, SECOND, DV, OPTIONS)),
-                (_produce, (sources, tiles, work, extent, OPTIONS)),
+                (_produce, (sources, tiles, work, extent, DV, OPTIONS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS[2], PRODUCER_REGISTERS],
@@ -297,7 +301,7 @@ def hopper_forward(
                 (_consume, (results, strides, tiles, turns, scale, work, extent, FIRST, DV, OPTIONS)),
                 (_consume, (results, strides, tiles, turns, scale, work, extent, SECOND, DV, OPTIONS)),
                 (_consume, (results, strides, tiles, turns, scale, work, extent, THIRD, DV, OPTIONS)),
-                (_produce, (sources, tiles, work, extent, OPTIONS)),
+                (_produce, (sources, tiles, work, extent, DV, OPTIONS)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS[3], CONSUMER_REGISTERS[3], PRODUCER_REGISTERS],
@@ -306,8 +310,8 @@ def hopper_forward(
 
 def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32. The scale must be above 0."""
-    chosen = options(call, config)
     query, key, value = (describable(tensor) for tensor in (call.query, call.key, call.value))
+    chosen = options(call.with_tensors(query, key, value), config)
     batch, q_len, heads, _ = query.shape
     out = query.new_empty(batch, q_len, heads, value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
@@ -316,7 +320,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         hopper_forward[grid(tiles, chosen.consumers, config["persistent"], query.device)](
             descriptor(query, ROWS),
             descriptor(key, config["block_n"]),
-            descriptor(value, config["block_n"]),
+            descriptor(value, config["block_n"], wide=chosen.wide),
             out,
             lse,
             call.scale,

@@ -50,21 +50,24 @@ def query_range(
     BLOCK_M: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Return the range of queries that reach a block of keys; those of the inside reach every key of the block.
 
-    The inside may end beyond q_len, at a whole block: rows there weigh nothing, for their LSE is +inf.
+    The inside may end beyond q_len, at a whole block: rows there weigh nothing, for their LSE is +inf. With WHOLE it
+    ends before, where rows behind q_len are loaded as they are: a border tile clears them.
     """
     start = 0
     stop = q_len
     inside_start = 0
-    inside_stop = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
+    inside_stop = q_len // BLOCK_M * BLOCK_M if WHOLE else tl.cdiv(q_len, BLOCK_M) * BLOCK_M
     if RIGHT:
         start = tl.maximum(first_row - right, 0) // BLOCK_M * BLOCK_M
         inside_start = tl.cdiv(tl.maximum(last_row - right, 0), BLOCK_M) * BLOCK_M
     if LEFT:
         stop = tl.minimum(tl.maximum(last_row + left + 1, 0), q_len)
-        inside_stop = tl.maximum(first_row + left + 1, 0) // BLOCK_M * BLOCK_M
+        reached_by_all = tl.maximum(first_row + left + 1, 0) // BLOCK_M * BLOCK_M
+        inside_stop = tl.minimum(inside_stop, reached_by_all) if WHOLE else reached_by_all
     inside_start = tl.minimum(inside_start, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
     inside_stop = tl.maximum(tl.minimum(inside_stop, tl.cdiv(stop, BLOCK_M) * BLOCK_M), inside_start)
     return start, inside_start, inside_stop, stop

@@ -142,14 +142,15 @@ def test_the_portfolio_is_feasible_and_takes_turns(bar: bars.Bar) -> None:
         found = portfolio.candidates(cell.problem, made.CARD, "triton", configs=3, explore=2)
         default = backend_named("triton").default(cell.problem, made.CARD)
         assert found[0] == default
-        assert len(found) == len(set(found)) == 1 + len(spaces) * 5
-        for role, space in spaces.items():
-            varied = [each for each in found[1:] if each.with_config(role, space.default) == default]
-            assert len(varied) == 5
-            assert all(config in space for each in varied if (config := each.config(role)) is not None)
-        assert {
-            role for each in found[1 : len(spaces) + 1] for role, c in each.configs if c != default.config(role)
-        } == {*spaces}
+        kernels = [(role, each) for role, space in spaces.items() for each in space.by_kernel]
+        others = len(kernels) - len(spaces)  # their defaults are not the backend's
+        assert len(found) == len(set(found)) == 1 + 5 * len(kernels) + others
+        for role, space in kernels:
+            of_kernel = [config for each in found[1:] if (config := config_of(each, role)).kernel == space.kernel]
+            assert len(set(of_kernel) - {space.default}) == 5
+            assert all(config in space for config in of_kernel)
+        changed = {role for each in found[1:5] for role, config in each.configs if config != default.config(role)}
+        assert changed == {*spaces}
 
 
 def test_the_best_so_far_are_tried_where_they_fit() -> None:
@@ -160,7 +161,8 @@ def test_the_best_so_far_are_tried_where_they_fit() -> None:
     found = portfolio.candidates(
         problem, made.CARD, "triton", configs=0, best=[fits, made.OURS, Candidate("sdpa"), Candidate("triton")]
     )
-    assert found == (Candidate.of("triton", forward=space.default), fits)
+    first, *others = (Candidate.of("triton", forward=each.default) for each in space.by_kernel)
+    assert found == (first, fits, *others)
 
 
 def test_the_best_of_each_role_are_combined() -> None:
@@ -295,9 +297,10 @@ def test_a_candidate_that_spoils_the_device_is_not_tried_again(tmp_path: Path, m
 
 def test_every_role_is_tried_alone_and_the_best_together() -> None:
     """Our kernels in Triton's interpreter, forward and backward, on tensors of the CPU."""
+    card = replace(made.CARD, arch="sm_100")  # the interpreter knows no warp-specialised kernels
     problem = Problem.parse("training.fp16.b1.h2.kv1.q32.k32.d16.causal")
-    default = backend_named("triton").default(problem, made.CARD)
-    tried = portfolio.candidates(problem, made.CARD, "triton", configs=1)[1:]
+    default = backend_named("triton").default(problem, card)
+    tried = portfolio.candidates(problem, card, "triton", configs=1)[1:]
     forward, dkdv, dq = (
         next(each for each in tried if each.config(role) != default.config(role)) for role in ("forward", "dkdv", "dq")
     )
@@ -305,7 +308,7 @@ def test_every_role_is_tried_alone_and_the_best_together() -> None:
     costs = {str(best): 0.3, str(forward): 0.6, str(dq): 0.7, str(dkdv): 0.9, str(default): 0.8, "sdpa": 1.0}
     shared = core_row.Shared(
         device=CPU,
-        run=made.RUN,
+        run=replace(made.RUN, device=card),
         options=options(backends=("sdpa", "sdpa_math", "flex"), configs=1),
         clock=CallClock(costs),
         vetted={Job(problem, dkdv): Vetted(Outcome.TIMED_OUT, "not done")},

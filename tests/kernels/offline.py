@@ -1,7 +1,7 @@
 """Compile the Triton kernels without a GPU: a script for a process in which Triton does not interpret.
 
-Reads a list of [capability, role, head_dim, causal, mask, config] from standard input and writes the shared memory of
-each.
+Reads a list of [capability, role, head_dim, causal, mask, config, varlen] from standard input and writes the shared
+memory of each.
 """
 
 import json
@@ -31,10 +31,14 @@ def signature(name: str, constants: dict[str, Any], config: dict[str, int], colu
         return "*fp32"
     if name in TILED or name in ("out", "mask", "slopes") or name.startswith("grad_"):
         return "*fp16"
+    if name in ("cu_q", "cu_kv"):
+        return "*i32"
     return SCALARS.get(name, "i32")
 
 
-def shared_memory(capability: int, role: str, head_dim: int, causal: bool, mask: int, config: dict[str, int]) -> int:
+def shared_memory(
+    capability: int, role: str, head_dim: int, causal: bool, mask: int, config: dict[str, int], varlen: bool = False
+) -> int:
     kernel = KERNELS[role]
     names = kernel.arg_names
     everything = {
@@ -55,9 +59,12 @@ def shared_memory(capability: int, role: str, head_dim: int, causal: bool, mask:
         "TMA": bool(config["tma"]),
         "PRECISION": "ieee",
         "slopes": None,
+        "VARLEN": varlen,
     }
     if mask == 0:
         everything["mask"] = None
+    if not varlen:
+        everything |= {"cu_q": None, "cu_kv": None}
     constants = {name: value for name, value in everything.items() if name in names}
     types = {name: signature(name, constants, config, padded(head_dim)) for name in names}
     # what the launch of an aligned call would see

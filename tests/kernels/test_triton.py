@@ -224,25 +224,26 @@ def card(shared: int, capability: int = 90) -> Device:
 
 def test_compiles_without_a_gpu(tmp_path: Path) -> None:
     """The defaults and a corner compile for sm_80 and sm_90, and need at least the shared memory we count."""
-    cases: list[tuple[int, str, int, bool, int, Config]] = []
+    cases: list[tuple[int, str, int, bool, int, Config, bool]] = []
     for capability, dim in ((80, 128), (90, 64)):
         problem = Problem(pass_=Pass.TRAINING, batch=1, heads=1, q_len=1024, head_dim=dim, causal=True)
         spaces = tiled(problem, card(166912, capability))
-        cases += [(capability, role, dim, True, 0, space.default) for role, space in spaces.items()]
+        cases += [(capability, role, dim, True, 0, space.default, False) for role, space in spaces.items()]
+        cases += [(capability, role, dim, True, 0, space.default, True) for role, space in spaces.items()]
     corner = Config.of(KERNEL, block_m=256, block_n=16, num_warps=8, num_stages=5, tma=False)
     masked = Config.of(KERNEL, block_m=64, block_n=64, num_warps=4, num_stages=2, tma=False)
-    cases += [(80, "forward", 128, True, 0, corner), (80, "forward", 56, False, 2, masked)]
+    cases += [(80, "forward", 128, True, 0, corner, False), (80, "forward", 56, False, 2, masked, False)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py"))],
-        input=json.dumps([(*case[:5], case[5].as_dict()) for case in cases]),
+        input=json.dumps([(*case[:5], case[5].as_dict(), case[6]) for case in cases]),
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for (capability, role, dim, _, _, config), used in zip(cases, json.loads(done.stdout), strict=True):
+    for (capability, role, dim, _, _, config, _), used in zip(cases, json.loads(done.stdout), strict=True):
         problem = Problem(batch=1, heads=1, q_len=1024, head_dim=dim)
         counted = least_shared_memory(role, tiles_of(role, problem, card(166912, capability)), config.as_dict())
         assert counted <= used <= 166912, f"sm_{capability}, {role}, head_dim {dim}, {config}: {used}"

@@ -220,6 +220,44 @@ def test_accepts_every_backend_of_a_cpu(problem: Problem, dtype: Dtype, pass_: P
         assert error.worst <= 1, f"{backend.name}: {error}"
 
 
+PACKED = replace(CAUSAL, varlen=True, batch=3, q_len=40)
+
+
+@pytest.mark.parametrize("pass_", list(Pass))
+@pytest.mark.parametrize("problem", [PACKED, replace(PACKED, causal=False, window=(5, 3), alibi=True, kv_len=60)])
+def test_accepts_packed_sequences(problem: Problem, pass_: Pass) -> None:
+    problem = replace(problem, pass_=pass_)
+    checker = Checker(problem, CPU, seed=0)
+    named = [backend.name for backend in supporting(problem, describe(CPU)) if not backend.compile_seconds]
+    assert {"sdpa", "sdpa_math", "plain"} <= set(named)
+    for name in named:
+        error = checker.check(Candidate(name))
+        assert error.worst <= 1, f"{name}: {error}"
+
+
+def another_sequences_keys(call: Call) -> Result:
+    assert call.cu_seqlens is not None
+    cu_q, cu_kv = call.cu_seqlens
+    return right(replace(call, cu_seqlens=(cu_q, (cu_kv + 1).clamp_max(int(cu_kv[-1])))))
+
+
+def one_diagonal_for_all(call: Call) -> Result:
+    assert call.cu_seqlens is not None
+    cu_q, _ = call.cu_seqlens
+    return right(replace(call, cu_seqlens=(cu_q, cu_q.clamp_max(call.key.shape[0]))))
+
+
+def unwritten_empty_sequences(call: Call) -> Result:
+    out, lse = right(call)
+    return torch.where((lse == -torch.inf).T[..., None], out.new_empty(out.shape), out), lse
+
+
+@pytest.mark.parametrize("planted", [another_sequences_keys, one_diagonal_for_all, unwritten_empty_sequences])
+def test_catches_in_packed_sequences(planted: Callable[[Call], Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, planted)
+    assert worst(replace(PACKED, causal=False, kv_len=30)) > 1
+
+
 def test_accepts_a_backend_without_an_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, lambda call: (right(call)[0], None))
     assert worst(CAUSAL) <= 1
@@ -244,6 +282,21 @@ def test_the_cases() -> None:
         "ragged": (16, 173),
         "masked rows": (16, 12),
     }
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_some_case_has_sequences_without_queries_or_keys(batch: int) -> None:
+    first, *small = Checker(replace(PACKED, batch=batch), CPU, seed=0).cases
+    assert first.call.cu_seqlens is not None
+    assert all(bool((cu.diff() >= 10).all()) for cu in first.call.cu_seqlens), "what is timed has none"
+    for case in small:
+        assert case.call.cu_seqlens is not None
+        lengths = {
+            tuple(bool(length) for length in pair)
+            for pair in zip(*(cu.diff() for cu in case.call.cu_seqlens), strict=True)
+        }
+        assert lengths == {(True, True), (False, True), (True, False), (False, False)}
+    assert small
 
 
 @pytest.mark.parametrize("problem", [CAUSAL, replace(CAUSAL, window=(4, 0)), replace(CAUSAL, q_len=16, kv_len=200)])
