@@ -99,7 +99,7 @@ class _Attention(torch.autograd.Function):
         # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
         results = (out, lse) if backend.has_backward else (None, None)
         ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *(call.cu_seqlens or (None, None)), *results)
-        ctx.problem, ctx.ran = call.problem, Ran(candidate, backend.has_backward)
+        ctx.problem, ctx.candidate = call.problem, candidate
         ctx.scalars = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": call.seed}
         if lse is not None:
             ctx.mark_non_differentiable(lse)
@@ -114,7 +114,7 @@ class _Attention(torch.autograd.Function):
             ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, cu_seqlens=cu_seqlens, **ctx.scalars
         )
         needs = ctx.needs_input_grad
-        found = backward(call, ctx.ran, out, lse, grad_out, needs)
+        found = backward(call, Ran(ctx.candidate, saved=out is not None), out, lse, grad_out, needs)
         gradients = (found.query, found.key, found.value, found.mask)
         return (*(grad if need else None for grad, need in zip(gradients, needs, strict=False)), None, None)
 
