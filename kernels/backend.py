@@ -54,7 +54,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32."""
+        """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32.
+
+        Of a packed call (total_q, H, Dv) and (H, total_q).
+        """
 
     def pinned(self, call: Call) -> "Backend":  # noqa: ARG002
         """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one.

@@ -33,7 +33,7 @@ def test_both_kernels_of_each_role_are_offered_on_sm_90_only() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"mask": "bool"}, {"mask": "bias"}, {"alibi": True}, {"softcap": True}, {"dropout": True}, {"dtype": Dtype.FP32},
-     {"head_dim": 36}],
+     {"head_dim": 36}, {"varlen": True}],
     ids=str,
 )  # fmt: skip
 def test_what_the_kernels_do_not_know_is_not_theirs(changes: dict[str, Any]) -> None:

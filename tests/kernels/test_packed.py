@@ -24,7 +24,7 @@ from tilewise.tuner.correctness import Checker, poisoned_empty
 
 from .cells import TOLERANCE, assert_right, doubled, this_cpu
 from .test_reference import naive
-from .test_triton import HERE, card
+from .test_triton import HERE, bfloat16_products, card  # noqa: F401
 from .test_triton_cells import PATHS, candidate
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -185,10 +185,18 @@ def test_tritons_gradients(cell: str, tma: bool) -> None:
 
 
 @pytest.mark.parametrize("cell", ["causal, fewer queries", "gqa", "window to both sides", "softcap"])
-@pytest.mark.parametrize("blocks", [(16, 32), (32, 16), (64, 64)])
-def test_other_tiles_in_half_precision(cell: str, blocks: tuple[int, int]) -> None:
-    problem = problem_of(cell, pass_=Pass.TRAINING, dtype=Dtype.FP16, head_dim=40, v_head_dim=24, q_len=50)
+@pytest.mark.parametrize(("blocks", "dtype"), [((16, 32), Dtype.FP16), ((32, 16), Dtype.BF16), ((64, 64), Dtype.FP16)])
+def test_other_tiles_in_half_precision(cell: str, blocks: tuple[int, int], dtype: Dtype) -> None:
+    problem = problem_of(cell, pass_=Pass.TRAINING, dtype=dtype, head_dim=40, v_head_dim=24, q_len=50)
     assert_gradients(call_of(problem, seed=3), candidate(*blocks, tma=PATHS[-1]))
+
+
+@pytest.mark.parametrize("dims", [(56, 56), (72, 72), (96, 96), (160, 160), (192, 128), (256, 256)])
+def test_every_width(dims: tuple[int, int]) -> None:
+    problem = problem_of(
+        "causal", pass_=Pass.TRAINING, dtype=Dtype.FP16, head_dim=dims[0], v_head_dim=dims[1], q_len=20
+    )
+    assert_gradients(call_of(problem, seed=3), candidate(16, 16, tma=PATHS[-1]))
 
 
 @pytest.mark.parametrize("tma", PATHS)
@@ -283,7 +291,7 @@ def test_gradients_are_the_same_bits_every_time() -> None:
 @pytest.mark.parametrize("cell", ["full", "causal", "window to both sides", "gqa"])
 @pytest.mark.parametrize(
     "chosen",
-    [*(candidate(16, 32, tma=tma) for tma in PATHS), *(candidate(32, 16, tma=tma) for tma in PATHS),
+    [*(candidate(16, 32, tma=tma) for tma in PATHS), candidate(32, 16, tma=PATHS[-1]),
      Candidate("sdpa"), Candidate("plain"), *([Candidate("cpu_tiled")] if HERE.type == "cpu" else [])],
     ids=str,
 )  # fmt: skip
@@ -305,7 +313,8 @@ def test_what_one_sequence_holds_is_nothing_to_another(chosen: Candidate, cell: 
         found = (out.detach(), *torch.autograd.grad(out, leaves, grad_out))
     expected = (reference.attention(call)[0], *reference.gradients(call, grad_of(call)))
     for mine, theirs, side in zip(found, expected, (0, 0, 1, 1), strict=True):
-        torch.testing.assert_close(mine[~rows[side]].double(), theirs[~rows[side]], rtol=2e-5, atol=4e-5)
+        largest = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(mine[~rows[side]].double(), theirs[~rows[side]], rtol=2e-5, atol=2e-5 * largest)
 
 
 @pytest.mark.parametrize("tma", PATHS)
