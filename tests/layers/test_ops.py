@@ -3,7 +3,7 @@
 import functools
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +13,41 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import tilewise.layers.ops  # noqa: F401
 from tilewise import FastMultiHeadSelfAttention, decode
 from tilewise.domain.config import Candidate
-from tilewise.domain.errors import InputError, UnsupportedError
+from tilewise.domain.errors import UnsupportedError
 from tilewise.kernels import run
 from tilewise.kernels.backends.triton import Triton
 from tilewise.kernels.call import Call
 from tilewise.layers.attention import attention
 
 from .conftest import Ran
-from .test_attention import OPTIONS, QKV, answered, failing, name_of, problem_of, tiled
+from .graphs import (
+    CASES,
+    CPU,
+    CUDA,
+    arguments,
+    assert_same,
+    compiled,
+    first,
+    gradients,
+    inductor,
+    inference_is_a_proper_operator,
+    ops,
+    tensors,
+    training_is_a_proper_operator,
+)
+from .test_attention import OPTIONS, answered, failing, name_of, problem_of, tiled
 
 __all__ = ["failing"]  # a fixture
 
 Configured = Callable[..., Path]
-ops = torch.ops.tilewise
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"causal": True},
-    "window": {"window": (5, 2)},
-    "lse": {"causal": True, "return_lse": True},
-    "bool mask": {"mask": torch.rand(24, 24, generator=torch.Generator().manual_seed(1)) < 0.7},
-    "mask with a gradient": {"mask": torch.randn(4, 1, 24, generator=torch.Generator().manual_seed(1)), "learns": True},
-    "slopes and softcap": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0]), "softcap": 7.0},
-    "dropout": {"dropout": 0.4, "seed": torch.tensor(7)},
-}
-# inductor's own, of other parts of torch
-inductor = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ON_CPU = [
     *((name, case) for name in ("auto", "plain") for case in CASES),
     *(("cpu_tiled", case) for case in ("plain", "causal", "window", "lse")),
 ]
 INTERPRETED = ("lse", "mask with a gradient", "dropout")
-ON_GPU = [
-    *(("triton", case) for case in CASES),
-    *(("auto", case) for case in ("plain", "lse", "mask with a gradient", "dropout")),
-    *((name, "causal") for name in ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient")),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture
@@ -69,53 +58,6 @@ def triton_here(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(Triton, "supports", lambda *_: None)
     monkeypatch.setattr(Triton, "spaces", lambda *_: {})
     return CPU
-
-
-def tensors(device: torch.device = CPU, *, group: int = 2, learn: bool = False, seq: int = 24) -> QKV:
-    """Query (2, seq, 4, 16), key and value, as views of wider tensors: their strides are not dense."""
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    generator = torch.Generator().manual_seed(0)
-    wide = [torch.randn(2, seq, heads, 32, generator=generator) for heads in (4, 4 // group, 4 // group)]
-    query, key, value = (tensor.to(device, dtype)[..., :16].requires_grad_(learn) for tensor in wide)
-    return query, key, value
-
-
-def arguments(case: str, backend: str, device: torch.device = CPU, *, learn: bool = False) -> tuple[Any, ...]:
-    """Return what the operators take for one of CASES."""
-    options = {**CASES[case]}
-    mask = options.get("mask")
-    query, key, value = tensors(device, learn=learn, group=1 if backend == "sdpa_efficient" else 2)
-    if mask is not None:
-        mask = mask.to(device) if mask.dtype is torch.bool else mask.to(device, query.dtype)
-        mask = mask.requires_grad_(learn and options.get("learns", False))
-    slopes = options.get("alibi_slopes")
-    return (
-        query, key, value, mask, None if slopes is None else slopes.to(device), None, None, options.get("seed"), None,
-        None, options.get("softcap", 0.0), options.get("dropout", 0.0), None, options.get("causal", False),
-        options.get("window"), "bshd", "ieee", False, backend, options.get("return_lse", False), True,
-    )  # fmt: skip
-
-
-def tolerance(device: torch.device) -> dict[str, Any]:
-    """Fused kernels add up in any order on a GPU."""
-    return {} if device.type == "cpu" else {"rtol": 4e-3, "atol": 4e-3}
-
-
-def inference_is_a_proper_operator(backend: str, case: str, device: torch.device) -> None:
-    torch.library.opcheck(ops.attention.default, arguments(case, backend, device), **tolerance(device))
-
-
-def training_is_a_proper_operator(backend: str, case: str, device: torch.device) -> None:
-    call = arguments(case, backend, device, learn=True)
-    bias_grad = CASES[case].get("learns", False)
-    torch.library.opcheck(ops.attention_forward.default, (*call, True, bias_grad), **tolerance(device))
-    with torch.no_grad():
-        out, lse, plan = ops.attention_forward(*call, True, bias_grad)
-        needs = [True, True, True, bias_grad]
-        # a sum's gradient: stride 0 in every dimension
-        grad_out = torch.ones((), dtype=out.dtype, device=device).expand_as(out)
-        again = (grad_out, out, lse, plan, needs, *call, True, bias_grad)
-        torch.library.opcheck(ops.attention_backward.default, again, **tolerance(device))
 
 
 @pytest.mark.parametrize(("backend", "case"), ON_CPU)
@@ -129,40 +71,7 @@ def test_what_torch_demands_with_triton(case: str, triton_here: torch.device) ->
     training_is_a_proper_operator("triton", case, triton_here)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("backend", "case"), ON_GPU)
-def test_what_torch_demands_on_a_gpu(backend: str, case: str) -> None:
-    inference_is_a_proper_operator(backend, case, CUDA)
-    training_is_a_proper_operator(backend, case, CUDA)
-
-
 # a compiled call is the eager call
-
-
-def compiled(function: Callable[..., Any], backend: Any = "aot_eager", **options: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = torch.compile(function, fullgraph=True, backend=backend, **options)
-    return found
-
-
-def first(found: Any) -> torch.Tensor:
-    out = found[0] if isinstance(found, tuple) else found
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-def gradients(function: Callable[..., Any], *given: torch.Tensor) -> list[torch.Tensor]:
-    """Return the result and the gradients of a call, from leaves that hold what `given` holds."""
-    leaves = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in given]
-    out = first(function(*leaves))
-    learns = [leaf for leaf in leaves if leaf.requires_grad]
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.device, out.dtype)
-    out.backward(weights)
-    return [out.detach(), *(leaf.grad for leaf in learns if leaf.grad is not None)]
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("without_grad", [torch.no_grad, torch.inference_mode])
@@ -201,92 +110,6 @@ def test_through_tritons_own_backward(triton_here: torch.device) -> None:
     small = tensors(triton_here, seq=9)
     expected = gradients(functools.partial(attention, causal=True, backend="plain"), *small)
     assert_same(gradients(compiled(call), *small), expected, 1e-5 if triton_here == CPU else 1e-2)
-
-
-# packed sequences
-
-
-def packed(device: torch.device = CPU, totals: tuple[int, int] = (29, 40)) -> tuple[QKV, dict[str, Any]]:
-    """Query, key and value of three sequences, one of which has no keys, and what `attention` takes with them."""
-    q_len, kv_len = totals
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(rows, heads, 16, generator=generator).to(device, dtype)
-        for rows, heads in ((q_len, 4), (kv_len, 2), (kv_len, 2))
-    )
-    cu_q, cu_kv = (
-        torch.tensor(edges, dtype=torch.int32, device=device) for edges in ((0, 7, 9, q_len), (0, 20, 20, kv_len))
-    )
-    return (query, key, value), {"cu_seqlens": (cu_q, cu_kv), "max_q": 64, "max_kv": 64}
-
-
-def packed_is_a_proper_operator(backend: str, device: torch.device, **options: Any) -> None:
-    (query, key, value), given = packed(device)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    dropout = options.get("dropout", 0.0)
-    seed = torch.tensor(3) if dropout else None
-    tail = (0.0, dropout, None, True, None, "bshd", "ieee", False, backend, True, True)
-    call = (*leaves, None, None, *given["cu_seqlens"], seed, given["max_q"], given["max_kv"], *tail)
-    torch.library.opcheck(ops.attention_forward.default, (*call, True, False), **tolerance(device))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("backend", ["auto", "plain"])
-def test_what_torch_demands_of_packed_sequences(backend: str, dropout: float) -> None:
-    packed_is_a_proper_operator(backend, CPU, dropout=dropout)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_what_torch_demands_of_packed_sequences_on_a_gpu(backend: str, dropout: float) -> None:
-    packed_is_a_proper_operator(backend, CUDA, dropout=dropout)
-
-
-@pytest.mark.parametrize("longest", [True, False])
-@pytest.mark.parametrize("backend", ["sdpa", "plain", "cpu_tiled"])
-def test_packed_sequences_equal_eager(backend: str, longest: bool) -> None:
-    tensors_, given = packed()
-    if not longest:
-        del given["max_q"], given["max_kv"]
-    call: Callable[..., Any] = functools.partial(attention, causal=True, backend=backend, **given)
-    assert_same(gradients(compiled(call), *tensors_), gradients(call, *tensors_))
-    with_lse = functools.partial(call, backend="plain", return_lse=True)
-    torch.testing.assert_close(compiled(with_lse)(*tensors_), with_lse(*tensors_))
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "plain"])
-def test_packed_sequences_with_dropout(backend: str) -> None:
-    tensors_, given = packed()
-    call: Callable[..., Any] = functools.partial(attention, backend=backend, dropout=0.5, seed=3, **given)
-    assert_same(gradients(compiled(call), *tensors_), gradients(call, *tensors_))
-
-
-def test_one_graph_for_all_totals() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    step = compiled(functools.partial(attention, causal=True), counter)
-    for totals in ((29, 40), (33, 41), (60, 57)):
-        tensors_, given = packed(totals=totals)
-        for tensor in tensors_:
-            torch._dynamo.mark_dynamic(tensor, 0)
-        leaf = tensors_[0].requires_grad_()
-        step(*tensors_, **given).sum().backward()
-        (expected,) = torch.autograd.grad(first(attention(*tensors_, causal=True, **given)).sum(), leaf)
-        assert leaf.grad is not None
-        torch.testing.assert_close(leaf.grad, expected)
-    assert counter.frame_count == 1
-
-
-def test_packed_sequences_that_are_refused() -> None:
-    tensors_, given = packed()
-    with pytest.raises(RuntimeError, match="mask: expected none with cu_seqlens"):
-        compiled(functools.partial(attention, mask=torch.ones(1, 1), **given))(*tensors_)
-    with pytest.raises(InputError, match="cu_seqlens of query: expected no sequence longer than max_q = 16"):
-        compiled(functools.partial(attention, **{**given, "max_q": 16}))(*tensors_)
-
-
-# gradients
 
 
 def test_only_the_gradients_that_are_needed() -> None:
@@ -567,99 +390,3 @@ def test_checkpointing_in_a_compiled_call(selective: bool, monkeypatch: pytest.M
     forwards.clear()
     assert_same(seeded(compiled(lambda *given: checkpoint(dropped, *given, use_reentrant=False, **options))), expected)
     assert len(forwards) == (1 if selective else 2)
-
-
-# on a GPU
-
-
-def half(*, learn: bool = False, heads: tuple[int, int] = (8, 2)) -> QKV:
-    generator = torch.Generator("cuda").manual_seed(0)
-    query, key, value = (
-        torch.randn(2, 500, n, 64, generator=generator, device=CUDA, dtype=torch.float16).requires_grad_(learn)
-        for n in (heads[0], heads[1], heads[1])
-    )
-    return query, key, value
-
-
-@inductor
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["triton", "auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flex"])
-def test_training_equals_eager_on_a_gpu(name: str) -> None:
-    given = half(heads=(4, 4) if name == "sdpa_efficient" else (8, 2))
-    call = functools.partial(attention, causal=True, backend=name, strict=True)
-    found, expected = gradients(compiled(call, "inductor"), *given), gradients(call, *given)
-    assert_same(found, expected, 4e-3)
-
-
-@pytest.mark.gpu
-def test_a_fused_kernel_of_sdpa_is_not_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own choice has a kernel with a backward here: nothing is computed again."""
-
-    def again(*_: object) -> Any:
-        raise AssertionError("the backward computed the forward again")
-
-    monkeypatch.setattr(run, "_recomputed", again)
-    for name in ("auto", "sdpa_flash", "sdpa_cudnn"):
-        call = functools.partial(attention, causal=True, backend=name)
-        assert_same(gradients(compiled(call), *half()), gradients(call, *half()), 4e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["triton", "auto"])
-def test_dropout_and_checkpointing_on_a_gpu(name: str) -> None:
-    def call(*given: torch.Tensor) -> Any:
-        return attention(2 * given[0], *given[1:], dropout=0.5, backend=name)
-
-    def seeded_here(function: Callable[..., Any]) -> list[torch.Tensor]:
-        torch.manual_seed(5)
-        return gradients(function, *half())
-
-    expected = seeded_here(call)
-    assert_same(seeded_here(compiled(call)), expected, 4e-3)
-    inside = compiled(lambda *given: checkpoint(call, *given, use_reentrant=False))
-    assert_same(seeded_here(inside), expected, 4e-3)
-
-
-@inductor
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["triton", "auto"])
-def test_cuda_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A captured inference replays on new inputs; training runs outside of captured graphs."""
-    ran: list[Candidate] = []
-    inner = run.run
-
-    def counted(call: Call, candidate: Candidate) -> Any:
-        ran.append(candidate)
-        return inner(call, candidate)
-
-    monkeypatch.setattr(run, "run", counted)
-    call = functools.partial(attention, causal=True, backend=name)
-    step = compiled(call, "inductor", mode="reduce-overhead")
-    query, key, value = half()
-    for factor in (1.0, 0.5, 2.0, -1.0, 3.0, 4.0):
-        torch.compiler.cudagraph_mark_step_begin()
-        found = first(step(factor * query, key, value)).clone()
-        torch.testing.assert_close(found, first(call(factor * query, key, value)), rtol=4e-3, atol=4e-3)
-    assert 0 < len(ran) < 6
-    trained = compiled(lambda *given: first(call(2 * given[0], *given[1:])).cos(), "inductor", mode="reduce-overhead")
-    expected = gradients(lambda *given: first(call(2 * given[0], *given[1:])).cos(), *half())
-    for _ in range(4):
-        torch.compiler.cudagraph_mark_step_begin()
-        assert_same(gradients(trained, *half()), expected, 4e-3)
-
-
-@inductor
-@pytest.mark.gpu
-def test_decode_in_a_cuda_graph() -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-    query, keys, values = (
-        torch.randn(3, seq, heads, 64, generator=generator, device=CUDA, dtype=torch.float16)
-        for seq, heads in ((1, 8), (256, 2), (256, 2))
-    )
-    call: Callable[..., Any] = functools.partial(decode, backend="triton_decode", strict=True)
-    step = compiled(call, "inductor", mode="reduce-overhead")
-    for given in ((1, 100, 256), (2, 101, 256), (3, 102, 0), (4, 103, 7)):
-        lengths = torch.tensor(given, dtype=torch.int32, device=CUDA)
-        torch.compiler.cudagraph_mark_step_begin()
-        found = step(query, keys, values, lengths=lengths).clone()
-        torch.testing.assert_close(found, call(query, keys, values, lengths=lengths))
