@@ -32,7 +32,8 @@ class Backend(abc.ABC):
 
     - name: as it stands in candidates and the database.
     - differentiable: torch can differentiate through `forward` by itself.
-    - has_backward: it has a `backward` of its own; where neither holds, `kernels.run` recomputes through torch.
+    - has_backward: its gradients are those of its own `backward`; where neither holds, `kernels.run` recomputes through
+      torch.
     - gives_lse: `forward` returns the LSE.
     - max_head_dim: the largest head_dim and v_head_dim that its kernels have on any device.
     - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
@@ -61,6 +62,21 @@ class Backend(abc.ABC):
         Of a packed call (total_q, H, Dv) and (H, total_q).
         """
 
+    def pinned(self, call: Call) -> "Backend":  # noqa: ARG002
+        """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one.
+
+        One that computes a forward again must drop the weights that the forward dropped.
+        """
+        return self
+
+    def saves(self, call: Call) -> bool:  # noqa: ARG002
+        """Return whether `backward` computes the gradients of `call` from what `saving_forward` gives."""
+        return self.has_backward
+
+    def saving_forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the result and the LSE, as `backward` takes them, where no graph is kept; only where it `saves`."""
+        return self.forward(call, config)
+
     def backward(
         self,
         call: Call,
@@ -69,7 +85,7 @@ class Backend(abc.ABC):
         grad_out: torch.Tensor,  # noqa: ARG002
         candidate: Candidate,
     ) -> Gradients:
-        """Return the gradients, for the result and LSE that `forward` gave; only where `has_backward`."""
+        """Return the gradients, for the result and LSE that `saving_forward` gave; only where it `saves`."""
         raise UnsupportedError(f"{candidate} has no backward of its own; kernels.run recomputes {call.problem.key}")
 
     def kept_weights(self, call: Call, config: Config | None) -> torch.Tensor:

@@ -201,6 +201,11 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
             folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/forward.py",
         ],
+        "triton_hopper": [
+            folder / "tiles.py",
+            folder / "triton_kernels/ranges.py",
+            *(folder / f"triton_kernels/hopper_{part}.py" for part in ("common", "forward", "backward")),
+        ],
         "triton_backward": [
             folder / "tiles.py",
             folder / "triton_kernels/ranges.py",

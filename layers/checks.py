@@ -30,12 +30,17 @@ def check_numbers(
     if seed is not None and not (type(seed) is int and 0 <= seed < 1 << 63):
         raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
     if window is not None:
-        if type(window) is not tuple:
-            raise InputError(f"window: expected a tuple (left, right), got {window!r}")
-        if len(window) != 2 or not all(type(side) is int and -1 <= side <= MAX_WINDOW for side in window):
-            raise InputError(
-                f"window: expected (left, right), each -1 (unbounded) or from 0 to {MAX_WINDOW}, got {window!r}"
-            )
+        check_window(window)
+
+
+def check_window(window: tuple[int, int]) -> None:
+    """Raise InputError unless `window` is a pair of whole numbers in their range."""
+    if type(window) is not tuple:
+        raise InputError(f"window: expected a tuple (left, right), got {window!r}")
+    if len(window) != 2 or not all(type(side) is int and -1 <= side <= MAX_WINDOW for side in window):
+        raise InputError(
+            f"window: expected (left, right), each -1 (unbounded) or from 0 to {MAX_WINDOW}, got {window!r}"
+        )
 
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:

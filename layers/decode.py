@@ -7,9 +7,10 @@ import torch
 from tilewise.domain.errors import InputError
 from tilewise.domain.problem import Problem
 from tilewise.kernels.call import DTYPES, Call, check_cache, check_cache_values
+from tilewise.kernels.run import Result, run
 
 from . import session
-from .attention import MEMO_LIMIT, _run, looks_at_values
+from .attention import MEMO_LIMIT, looks_at_values, run_resolved
 from .checks import check_choice, check_dense, check_numbers
 from .resolve import Resolved, resolve
 
@@ -62,6 +63,33 @@ def decode(
         check_dense("block_table", block_table)
     if torch.is_grad_enabled() and (query.requires_grad or key_cache.requires_grad or value_cache.requires_grad):
         raise InputError("decode has no gradients: call it under torch.no_grad(), or use tilewise.attention")
+    given = (query, key_cache, value_cache, lengths, block_table, window, softcap, scale, return_lse, backend, strict)
+    if torch.compiler.is_compiling():
+        from . import ops  # which needs this module
+
+        out, lse = ops.traced_decode(*given)
+    else:
+        out, lse = attend(*given)
+    if not return_lse:
+        return out
+    assert lse is not None, "resolve chose a backend that gives the LSE"
+    return out, lse
+
+
+def attend(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    lengths: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    window: tuple[int, int] | None,
+    softcap: float,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    strict: bool,
+) -> Result:
+    """Return the result and the LSE, None where nobody asked for it and the backend gives none; raises as `decode`."""
     memo_key = (
         session.generation, query.shape, key_cache.shape, value_cache.shape, query.dtype, key_cache.dtype,
         value_cache.dtype, query.device, key_cache.device, value_cache.device, _looks(lengths), _looks(block_table),
@@ -91,11 +119,7 @@ def decode(
     )
     if looks_at_values(query.device):
         check_cache_values(call)
-    out, lse = _run(call, resolved, strict=strict)
-    if not return_lse:
-        return out
-    assert lse is not None, "resolve chose a backend that gives the LSE"
-    return out, lse
+    return run_resolved(call, resolved, run, strict=strict)
 
 
 def _looks(tensor: torch.Tensor | None) -> Hashable:

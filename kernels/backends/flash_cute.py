@@ -13,18 +13,18 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from tilewise.domain.config import Config, Value
+from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, unsupported_feature, unsupported_varlen
+from ..backend import Backend, Gradients, unsupported_feature, unsupported_varlen
 from ..call import Call
 from ..packed import flash_arguments
 
@@ -82,8 +82,6 @@ class FlashCute(Backend):
             interface = _interface()
         except ImportError as error:
             raise UnsupportedError(f"flash_attn.cute cannot be imported: {error}; install it again") from error
-        left, right = call.window
-        window = None if left == -1 else left, None if right == -1 else right
         options, packed = _options(call.problem, config), flash_arguments(call)
         if not options:
             own = interface.flash_attn_varlen_func if packed else interface.flash_attn_func
@@ -94,7 +92,7 @@ class FlashCute(Backend):
                 **packed,
                 softmax_scale=call.scale,
                 causal=call.problem.causal,
-                window_size=window,
+                window_size=_sides(call),
                 softcap=call.softcap,
                 deterministic=call.problem.deterministic,
                 return_lse=True,
@@ -106,11 +104,24 @@ class FlashCute(Backend):
                 f"{config} cannot be told to flash-attn-4 {version()}: its _flash_attn_fwd and _flash_attn_bwd take "
                 f"other parameters than those of {KNOWN_VERSION}; install that version or use the default config"
             )
-        tuned = _Tuned(
-            internals, call.scale, call.problem.causal, window, call.softcap, call.problem.deterministic, packed
-        )
-        out, lse = _Attend.apply(call.query, call.key, call.value, tuned, options)
+        out, lse = _Attend.apply(call.query, call.key, call.value, _Tuned.of(internals, call), options)
         return out, lse
+
+    def saves(self, call: Call) -> bool:  # noqa: ARG002
+        return _internals() is not None
+
+    def backward(
+        self,
+        call: Call,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+        candidate: Candidate,  # noqa: ARG002
+    ) -> Gradients:
+        internals = _internals()
+        assert internals is not None, "it saved"
+        found = _Tuned.of(internals, call).backward(call.query, call.key, call.value, out, lse, grad_out)
+        return Gradients(*found)
 
 
 def absent() -> str | None:
@@ -265,6 +276,11 @@ def _options(problem: Problem, config: Config | None) -> dict[str, Any]:
     return options
 
 
+def _sides(call: Call) -> tuple[int | None, int | None]:
+    left, right = call.window
+    return None if left == -1 else left, None if right == -1 else right
+
+
 # other tiles than its own
 
 
@@ -280,6 +296,19 @@ class _Tuned:
     deterministic: bool
     packed: dict[str, Any]
 
+    @classmethod
+    def of(cls, internals: Internals, call: Call) -> Self:
+        problem = call.problem
+        return cls(
+            internals,
+            call.scale,
+            problem.causal,
+            _sides(call),
+            call.softcap,
+            problem.deterministic,
+            flash_arguments(call),
+        )
+
     @property
     def shared(self) -> dict[str, Any]:
         return {
@@ -290,6 +319,20 @@ class _Tuned:
             "window_size_right": self.window[1],
             **self.packed,
         }
+
+    def backward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        d_query, d_key, d_value, *_ = self.internals.backward(
+            query, key, value, out, grad_out, lse, deterministic=self.deterministic, **self.shared
+        )
+        return d_query, d_key, d_value
 
 
 class _Attend(torch.autograd.Function):
@@ -308,9 +351,4 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        tuned = ctx.tuned
-        d_query, d_key, d_value, *_rest = tuned.internals.backward(
-            query, key, value, out, grad_out, lse, deterministic=tuned.deterministic, **tuned.shared
-        )
-        return d_query, d_key, d_value, None, None
+        return *ctx.tuned.backward(*ctx.saved_tensors, grad_out), None, None

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tilewise.domain.config import Config
+from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Dtype, Pass, Problem
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_feature
 from ..cache import flattened, unsupported_cache
 from ..call import Call, allowed
 from ..packed import on_padded
+from . import sdpa_fused
 
 
 class Sdpa(Backend):
@@ -34,9 +35,24 @@ class Sdpa(Backend):
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
         return on_padded(flattened(call), _attend)
 
+    def pinned(self, call: Call) -> Backend:
+        if not _is_plain(call):
+            return self
+        with torch.enable_grad():  # what it takes depends on whether gradients are wanted
+            query, key, value = (tensor.detach().requires_grad_() for tensor in _bhsd(call))
+            choice = torch._fused_sdp_choice(
+                query,
+                key,
+                value,
+                is_causal=_is_causal(call.problem),
+                scale=call.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return _BY_CHOICE.get(choice, self)
+
 
 def _attend(call: Call) -> tuple[torch.Tensor, None]:
-    query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
+    query, key, value = _bhsd(call)
     given = _given(call)
     with _seeded(call):
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -58,6 +74,36 @@ class _Chosen(Sdpa):
     """SDPA held to one of its implementations."""
 
     choice: SDPBackend
+
+    def pinned(self, call: Call) -> Backend:  # noqa: ARG002
+        return self
+
+    def saves(self, call: Call) -> bool:
+        is_causal = _is_causal(call.problem)
+        return _is_plain(call) and sdpa_fused.is_fused(self.choice, *_bhsd(call), is_causal=is_causal)
+
+    def saving_forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
+        out, lse = sdpa_fused.forward(self.choice, *_bhsd(call), is_causal=_is_causal(call.problem), scale=call.scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        call: Call,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+        candidate: Candidate,  # noqa: ARG002
+    ) -> Gradients:
+        found = sdpa_fused.backward(
+            self.choice,
+            grad_out.transpose(1, 2),
+            *_bhsd(call),
+            out.transpose(1, 2),
+            lse,
+            is_causal=_is_causal(call.problem),
+            scale=call.scale,
+        )
+        return Gradients(*(gradient.transpose(1, 2) for gradient in found))
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         with sdpa_kernel(self.choice):
@@ -124,7 +170,21 @@ class SdpaEfficient(_ChosenCuda):
         return None
 
 
-SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
+_CHOSEN: tuple[_Chosen, ...] = (SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
+_BY_CHOICE: dict[int, Backend] = {backend.choice.value: backend for backend in _CHOSEN}
+SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), *_CHOSEN)
+
+
+def _bhsd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return call.query.transpose(1, 2), call.key.transpose(1, 2), call.value.transpose(1, 2)
+
+
+def _is_plain(call: Call) -> bool:
+    return call.dropout == 0 and not _needs_mask(call.problem)
+
+
+def _is_causal(problem: Problem) -> bool:
+    return problem.causal and problem.q_len > 1
 
 
 def _needs_mask(problem: Problem) -> bool:
@@ -166,7 +226,7 @@ class _Given:
 def _given(call: Call) -> _Given:
     problem, mask = call.problem, call.mask
     if not _needs_mask(problem):
-        return _Given(None, problem.causal and problem.q_len > 1, None)
+        return _Given(None, _is_causal(problem), None)
     reach = empty = None
     if call.window != (-1, -1):
         reach, empty = _reach(problem.q_len, problem.kv_len, call.window, call.query.device)

@@ -18,7 +18,7 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
-from .common import Scoring, batched, features, kept, packing, scores, strides, unit_stride
+from .common import Scoring, batched, features, in_reach, kept, mask_tile, packing, scores, strides, unit_stride
 from .forward import describable, descriptor, load_tile, rows_of, span
 from .ranges import key_range, query_range
 
@@ -29,6 +29,7 @@ def weights_and_gradient(
     b_dp,  # grad_out @ value.T, or its transpose
     b_lse,  # broadcast over the keys, in units of log2; +inf where there is nothing to attend
     b_delta,  # broadcast over the keys
+    b_mask,  # mask_tile
     o_row,
     o_key,
     by,  # Scoring
@@ -39,8 +40,16 @@ def weights_and_gradient(
     DROPOUT: tl.constexpr,
 ):
     """Return the weights that multiply the values, the gradient of the scores, and that of query @ key.T / scale."""
-    b_s, b_tanh = scores(b_s, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
-    b_p = tl.exp2(b_s - b_lse)
+    log2e: tl.constexpr = 1.4426950408889634
+    if MASK == 0 and not ALIBI and not SOFTCAP:
+        factor = by.scale * log2e
+        b_tanh = b_s
+        if BORDER:
+            b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
+    else:
+        factor = log2e
+        b_s, b_tanh = scores(b_s, b_mask, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
+    b_p = tl.exp2(b_s * factor - b_lse)
     b_dropped = b_p
     if DROPOUT:
         m_keep = kept(by.seed, by.o_place, o_row, o_key, by.max_q, by.max_kv, by.dropout)
@@ -125,12 +134,25 @@ def _visit_queries(
         o_m = first + tl.arange(0, BLOCK_M)
         b_q = load_tile(queries, first, BLOCK_M, BLOCK_D, D, True, TMA, VARLEN and BORDER)
         b_lse = tl.load(p_lse + o_m, mask=o_m < by.q_len, other=float("inf"))
+        b_mask = mask_tile(o_m[None, :], o_key, by, MASK)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_do = load_tile(grads_out, first, BLOCK_M, BLOCK_DV, DV, True, TMA, VARLEN and BORDER)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_delta = tl.load(p_delta + o_m, mask=o_m < by.q_len, other=0.0)
         b_p, _, b_draw = weights_and_gradient(
-            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_m[None, :], o_key, by, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT
+            b_s,
+            b_dp,
+            b_lse[None, :],
+            b_delta[None, :],
+            b_mask,
+            o_m[None, :],
+            o_key,
+            by,
+            BORDER,
+            MASK,
+            ALIBI,
+            SOFTCAP,
+            DROPOUT,
         )
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(b_draw.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
@@ -296,11 +318,12 @@ def _visit_keys(
         first = tl.multiple_of(first, BLOCK_N)
         o_key = (first + tl.arange(0, BLOCK_N))[None, :]
         b_k = load_tile(keys, first, BLOCK_N, BLOCK_D, D, BORDER, TMA, VARLEN and BORDER)
+        b_mask = mask_tile(o_row, o_key, by, MASK)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_v = load_tile(values, first, BLOCK_N, BLOCK_DV, DV, BORDER, TMA, VARLEN and BORDER)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         _, _, b_draw = weights_and_gradient(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row, o_key, by, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_row, o_key, by, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT
         )
         b_dq = tl.dot(b_draw.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq

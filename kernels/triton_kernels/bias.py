@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..call import Call
 from .backward import Prepared, weights_and_gradient
-from .common import BIAS, Scoring, features, strides, unit_stride
+from .common import ALIGNED_BIAS, BIAS, Scoring, features, mask_tile, strides, unit_stride
 from .forward import load_tile, rows_of
 
 BLOCK_M, BLOCK_N = 64, 64
@@ -114,6 +114,7 @@ def dbias_kernel(
                 if reached:
                     b_q = load_tile(queries, q_block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, False, False)
                     b_k = load_tile(keys, k_block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, False, False)
+                    b_mask = mask_tile(o_m[:, None], o_n[None, :], by, MASK)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                     b_do = load_tile(grads_out, q_block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, False, False)
                     b_v = load_tile(values, k_block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, False, False)
@@ -121,7 +122,7 @@ def dbias_kernel(
                     b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=o_m < q_len, other=float("inf"))
                     b_delta = tl.load(delta + o_place * q_len + o_m, mask=o_m < q_len, other=0.0)
                     _, b_ds, _ = weights_and_gradient(
-                        b_s, b_dp, b_lse[:, None], b_delta[:, None], o_m[:, None], o_n[None, :], by, True,
+                        b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_m[:, None], o_n[None, :], by, True,
                         MASK, ALIBI, SOFTCAP, DROPOUT,
                     )  # fmt: skip
                     b_sum += b_ds
@@ -154,7 +155,7 @@ def launch_dbias(prepared: Prepared) -> torch.Tensor:
     grad_mask = torch.empty(shape, dtype=mask.dtype, device=mask.device)
     tiles = shape[0] * shape[1] * triton.cdiv(shape[2], BLOCK_M) * triton.cdiv(shape[3], BLOCK_N)
     given = features(call)
-    assert given.static["MASK"] == BIAS
+    assert given.static["MASK"] in (BIAS, ALIGNED_BIAS)
     with torch.cuda.device_of(query):
         dbias_kernel[(tiles,)](
             query,

@@ -1,6 +1,6 @@
 """What forward and backward share: scores from products, the dropout mask, and the arguments of a launch.
 
-Scores are kept in units of log2, so that every exponential is an exp2. The helpers take row and key indices already
+The helpers take row and key indices already
 broadcast to the tile ((M, 1) and (1, N), or (1, M) and (N, 1) for a transposed tile), so one text serves both.
 """
 
@@ -15,7 +15,8 @@ from ..call import Call
 from ..tiles import padded
 from .ranges import NO_LIMIT
 
-NO_MASK, BOOL_MASK, BIAS = 0, 1, 2
+# The kinds of masks; with a kv_len that is a multiple of 16, tiles are loaded 16 bytes at a time.
+NO_MASK, BOOL_MASK, BIAS, ALIGNED_BOOL_MASK, ALIGNED_BIAS = range(5)
 
 
 @triton.jit
@@ -55,8 +56,25 @@ def in_reach(o_row, o_key, by):
 
 
 @triton.jit
+def mask_tile(o_row, o_key, by, MASK: tl.constexpr):
+    """Return a tile of the mask as `scores` takes it, the scalar 0 where there is none.
+
+    To be called before the product of query and key: of a load and a product whose results meet, Triton 3.6 keeps the
+    layout of the one that comes first, and softmax in a load's layout takes several times as long.
+    """
+    b_mask = 0
+    if MASK != 0:
+        stop = by.kv_len // 16 * 16 if MASK > 2 else by.kv_len
+        m_inside = (o_row < by.q_len) & (o_key < stop)
+        p_tile = by.p_mask + o_row.to(tl.int64) * by.stride_mq + o_key.to(tl.int64) * by.stride_mk
+        b_mask = tl.load(p_tile, mask=m_inside, other=0)
+    return b_mask
+
+
+@triton.jit
 def scores(
     b_s,  # query @ key.T
+    b_mask,  # mask_tile
     o_row,
     o_key,
     by,  # Scoring
@@ -65,28 +83,24 @@ def scores(
     SOFTCAP: tl.constexpr,
     BORDER: tl.constexpr,
 ):
-    """Return scores in log2 units, -inf where masked, and tanh of the capped scores (b_s itself without softcap).
+    """Return scores, -inf where masked, and tanh of the capped scores (b_s itself without softcap).
 
     The order is that of kernels.reference: scale, softcap, ALiBi, mask, window.
     Tiles inside the window pass BORDER=False and are not compared with it.
     """
-    log2e: tl.constexpr = 1.4426950408889634
     b_tanh = b_s
     if SOFTCAP:
         b_tanh = tanh(b_s * (by.scale / by.softcap))
-        b_s = b_tanh * (by.softcap * log2e)
+        b_s = b_tanh * by.softcap
     else:
-        b_s = b_s * (by.scale * log2e)
+        b_s = b_s * by.scale
     if ALIBI:
         o_distance = o_key - (o_row + (by.kv_len - by.q_len))
-        b_s -= (by.slope * log2e) * tl.abs(o_distance).to(tl.float32)
-    if MASK != 0:
-        m_inside = (o_row < by.q_len) & (o_key < by.kv_len)
-        p_tile = by.p_mask + o_row.to(tl.int64) * by.stride_mq + o_key.to(tl.int64) * by.stride_mk
-        if MASK == 1:
-            b_s = tl.where(tl.load(p_tile, mask=m_inside, other=0) != 0, b_s, -float("inf"))
-        else:
-            b_s += tl.load(p_tile, mask=m_inside, other=0.0).to(tl.float32) * log2e
+        b_s -= by.slope * tl.abs(o_distance).to(tl.float32)
+    if MASK % 2 == 1:
+        b_s = tl.where(b_mask != 0, b_s, -float("inf"))
+    elif MASK != 0:
+        b_s += b_mask.to(tl.float32)
     if BORDER:
         b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
     return b_s, b_tanh
@@ -180,7 +194,7 @@ def features(call: Call) -> Features:
             "BLOCK_DV": padded(v_head_dim),
             "LEFT": left != -1,
             "RIGHT": right != -1,
-            "MASK": NO_MASK if mask is None else BOOL_MASK if call.mask_is_bool else BIAS,
+            "MASK": _kind(mask),
             "ALIBI": slopes is not None,
             "SOFTCAP": call.softcap > 0,
             "DROPOUT": call.dropout > 0,
@@ -204,6 +218,15 @@ def packing(call: Call) -> dict[str, object]:
 def batched(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` (B, S, H, D), a packed one (total, H, D) as a batch of one."""
     return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def _kind(mask: torch.Tensor | None) -> int:
+    if mask is None:
+        return NO_MASK
+    aligned = mask.shape[-1] % 16 == 0
+    if mask.dtype is torch.uint8:
+        return ALIGNED_BOOL_MASK if aligned else BOOL_MASK
+    return ALIGNED_BIAS if aligned else BIAS
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:

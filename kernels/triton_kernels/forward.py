@@ -18,7 +18,7 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
-from .common import Scoring, batched, features, in_reach, kept, packing, scores, strides, unit_stride
+from .common import Scoring, batched, features, in_reach, kept, mask_tile, packing, scores, strides, unit_stride
 from .ranges import key_range
 
 
@@ -137,21 +137,21 @@ def _visit(
     for first in range(start, stop, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         o_key = (first + tl.arange(0, BLOCK_N))[None, :]
+        b_mask = mask_tile(o_row, o_key, by, MASK)
         b_k = load_tile(keys, first, BLOCK_N, BLOCK_D, D, BORDER, TMA, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        if FOLD:
-            # nothing but a positive scale: it goes into the exponent, one fused multiply-add per score
+        if FOLD:  # nothing but a positive scale
+            factor = by.scale * log2e
             if BORDER:
                 b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
-            factor = by.scale * log2e
-            b_new = tl.maximum(b_peak, tl.max(b_s, 1) * factor)
         else:
-            b_s, _ = scores(b_s, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
-            factor = 1.0
-            b_new = tl.maximum(b_peak, tl.max(b_s, 1))
+            factor = log2e
+            b_s, _ = scores(b_s, b_mask, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
+        # the factor goes into the exponent, one fused multiply-add per score
+        b_new = tl.maximum(b_peak, tl.max(b_s, 1) * factor)
         # a row that has seen no key yet has the peak -inf: subtract 0 there, so that exp2 gives 0 and not NaN
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new) if BORDER or MASK != 0 else b_new
-        b_p = tl.exp2(b_s * factor - b_shift[:, None]) if FOLD else tl.exp2(b_s - b_shift[:, None])
+        b_p = tl.exp2(b_s * factor - b_shift[:, None])
         b_decay = tl.exp2(b_peak - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = b_acc * b_decay[:, None]

@@ -24,7 +24,7 @@ from tilewise.kernels.backends import BACKENDS, flash, flash_cute
 from tilewise.kernels.backends.flash import Flash
 from tilewise.kernels.backends.flash_cute import KERNEL, FlashCute
 from tilewise.kernels.inputs import random_call
-from tilewise.kernels.run import run
+from tilewise.kernels.run import backward, forward, run
 from tilewise.layers.resolve import KERNEL_TYPES, resolve
 from tilewise.tuner.correctness import Checker
 
@@ -229,6 +229,27 @@ def test_gradients_behind_a_chosen_config(cell: str, install: Install) -> None:
     for gradient, expected in zip(*found, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=TOLERANCE[torch.float32], atol=TOLERANCE[torch.float32])
     assert [name for name, _ in calls] == ["fwd", "bwd"]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_its_own_backward_without_a_graph(chosen: bool, install: Install) -> None:
+    calls = install(cute(), calls_of="flash_attn.cute.interface")
+    call = call_of(problem_of("window", pass_=Pass.TRAINING))
+    out, lse, ran = forward(call, Candidate.of("flash_cute", forward=CHOSEN if chosen else None))
+    assert lse is not None
+    assert ran.saved
+    found = backward(call, ran, out, lse, torch.ones_like(out), (True, True, True, False))
+    for gradient, expected in zip(
+        (found.query, found.key, found.value), reference.gradients(call, torch.ones_like(out)), strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in calls] == ["fwd" if chosen else "own", "bwd"]
+
+
+def test_a_version_with_other_parameters_saves_nothing(install: Install) -> None:
+    install(cute("m_block_size=128, n_block_size=128,"), calls_of="flash_attn.cute.interface")
+    *_, ran = forward(call_of(problem_of("causal", pass_=Pass.TRAINING)), Candidate("flash_cute"))
+    assert not ran.saved
 
 
 @pytest.mark.parametrize("chosen", [False, True])
