@@ -116,8 +116,9 @@ def figure(value: float | None) -> str:
 
 
 def _tflops(problem: Problem, forward_flops: float, expected_ms: float | None) -> float | None:
-    # What a training step counts is a convention; only the forward's operations are beyond dispute.
-    if problem.pass_ is not Pass.INFERENCE or not expected_ms:
+    # What a training step counts is a convention; only the forward's operations are beyond dispute. Those of varlen
+    # depend on lengths that a problem does not have.
+    if problem.pass_ is not Pass.INFERENCE or problem.varlen or not expected_ms:
         return None
     return forward_flops / expected_ms / 1e9
 

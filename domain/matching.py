@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .answer import Answer, Match
 from .config import Candidate, Plan
-from .problem import MAX_DECODE_Q_LEN, Problem
+from .problem import Problem
 from .software import Software
 
 SDPA = Candidate("sdpa")
@@ -19,11 +19,10 @@ PLAIN = Candidate("plain")
 def default_candidate(problem: Problem) -> Candidate:
     """Return what runs when nothing was measured: torch SDPA's own choice wherever SDPA can compute the problem.
 
-    Softcap, paged caches, varlen other than the lengths of decoding and the promise of the same bits are outside SDPA;
-    the plain torch form takes what it can of them.
+    Softcap, paged caches and the promise of the same bits are outside SDPA; the plain torch form takes what it can of
+    them.
     """
-    packed = problem.varlen and problem.q_len > MAX_DECODE_Q_LEN
-    return PLAIN if problem.softcap or problem.page_size or packed or problem.deterministic else SDPA
+    return PLAIN if problem.softcap or problem.page_size or problem.deterministic else SDPA
 
 
 def default_answer(problem: Problem, device_key: str, missed: str) -> Answer:

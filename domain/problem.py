@@ -9,6 +9,7 @@ from .errors import ProblemError
 
 BUCKET_VERSION = 1
 MAX_DECODE_Q_LEN = 16
+MAX_WINDOW = (1 << 30) - 1  # kernels add lengths to it in 32 bits
 
 
 class Pass(enum.StrEnum):
@@ -63,13 +64,15 @@ _GRAMMAR = (
 class Problem:
     """One attention problem.
 
-    Sizes are counts of elements. `q_len` and `kv_len` are the longest lengths of a varlen batch. The mask bits:
+    Sizes are counts of elements. The mask bits:
 
     - causal: query i attends key j when j <= i + kv_len - q_len (bottom-right aligned).
     - window: (left, right) counted from the same diagonal, -1 for unbounded. A window with right 0 is causal, and a
       causal window has right 0: both spellings give the same Problem.
     - mask: `none`, `bool` or `bias`, the latter two with the dimensions along which it broadcasts: `bias.b1h1` is an
       additive mask of shape (1, 1, Q, K). Dimensions of size 1 are always among them.
+    - varlen: `q_len` and `kv_len` are the longest lengths. With up to 16 queries it is decoding with a number of keys
+      per row of the batch; above, `batch` sequences lie packed one behind the other (see `packed`).
     - page_size: tokens in one page of a paged key/value cache, 0 for a contiguous one.
 
     Raises ProblemError for a combination that cannot exist.
@@ -120,9 +123,11 @@ class Problem:
                 f"heads must be a multiple of kv_heads, got heads={self.heads} and kv_heads={self.kv_heads}; "
                 "use a kv_heads that divides heads (kv_heads = heads is plain multi-head attention)"
             )
-        if self.window is not None and (len(self.window) != 2 or min(self.window) < -1):
+        if self.window is not None and (
+            len(self.window) != 2 or not all(type(side) is int and -1 <= side <= MAX_WINDOW for side in self.window)
+        ):
             raise ProblemError(
-                f"window: expected (left, right), each -1 (unbounded) or at least 0, got {self.window!r}"
+                f"window: expected (left, right), each -1 (unbounded) or from 0 to {MAX_WINDOW}, got {self.window!r}"
             )
         if not _MASK.fullmatch(self.mask):
             raise ProblemError(f"mask: expected none, bool or bias, with .b1h1q1k1 as it broadcasts, got {self.mask!r}")
@@ -238,8 +243,19 @@ class Problem:
         return replace(self, batch=batch, q_len=_quarter_octave(self.q_len), kv_len=_quarter_octave(self.kv_len))
 
     @property
+    def packed(self) -> bool:
+        """Whether the tensors are sequences of different lengths, packed one behind the other.
+
+        A packed call of at most 16 queries is written as one of 17: that is an upper bound too, and not decoding.
+        """
+        return self.varlen and self.q_len > MAX_DECODE_Q_LEN
+
+    @property
     def forward_flops(self) -> int:
-        """Floating-point operations of the two matrix products, counting only the pairs that may attend."""
+        """Floating-point operations of the two matrix products, counting only the pairs that may attend.
+
+        Of varlen what it would be if every length were the longest.
+        """
         return 2 * self.batch * self.heads * self.attended_pairs * (self.head_dim + self.v_head_dim)
 
     @property

@@ -9,7 +9,7 @@ _LIBRARIES = ("torch", "triton", "cuda", "driver", "cudnn", "flash_attn", "cute_
 # What decides the code that a backend runs. A change of anything else voids none of its measurements.
 # A name that ends in * is a prefix: a kernel's source hash counts under "kernel:<name>".
 _DEPENDENCIES: dict[str, tuple[str, ...]] = {
-    "triton": ("triton", "driver", "kernel:triton_forward", "kernel:triton_backward"),
+    "triton": ("triton", "driver", "kernel:triton_forward", "kernel:triton_backward", "kernel:triton_hopper"),
     "triton_decode": ("triton", "driver", "kernel:triton_decode"),
     "cpu_tiled": ("torch", "kernel:cpu_tiled"),
     "sdpa": ("torch", "cuda", "driver", "cudnn", "kernel:sdpa"),

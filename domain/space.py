@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import Config, Value
 from .errors import ConfigError
@@ -27,12 +27,16 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """All configs of `kernel` worth trying, and the one to use when nothing was measured."""
+    """All configs of `kernel` worth trying, and the one to use when nothing was measured.
+
+    `alternatives` are the spaces of other kernels that do the same work: their configs are in this space too.
+    """
 
     kernel: str
     parameters: tuple[Parameter, ...]
     default: Config
     constraints: tuple[Constraint, ...] = ()
+    alternatives: tuple["SearchSpace", ...] = ()
 
     def __post_init__(self) -> None:
         reason = self.why_not(self.default)
@@ -41,6 +45,9 @@ class SearchSpace:
 
     def why_not(self, config: Config) -> str | None:
         """Return why `config` is not in the space, or None when it is."""
+        other = next((space for space in self.alternatives if space.kernel == config.kernel), None)
+        if other is not None:
+            return other.why_not(config)
         if config.kernel != self.kernel:
             return f"it is a config of {config.kernel!r}, not of {self.kernel!r}"
         values = config.as_dict()
@@ -57,9 +64,16 @@ class SearchSpace:
         return self.why_not(config) is None
 
     def __iter__(self) -> Iterator[Config]:
-        """Yield every config that keeps the constraints, in the order of the parameters' values."""
+        """Yield every config that keeps the constraints, in the order of the parameters' values, by kernel."""
         names = [parameter.name for parameter in self.parameters]
         for values in itertools.product(*(parameter.values for parameter in self.parameters)):
             chosen = dict(zip(names, values, strict=True))
             if all(rule.holds(chosen) for rule in self.constraints):
                 yield Config.of(self.kernel, **chosen)
+        for space in self.alternatives:
+            yield from space
+
+    @property
+    def by_kernel(self) -> tuple["SearchSpace", ...]:
+        """The spaces of single kernels that this one is made of."""
+        return (replace(self, alternatives=()), *self.alternatives)

@@ -13,6 +13,7 @@ from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import SearchSpace
 
+from . import dropout
 from .call import Call
 
 
@@ -31,8 +32,10 @@ class Backend(abc.ABC):
 
     - name: as it stands in candidates and the database.
     - differentiable: torch can differentiate through `forward` by itself.
-    - has_backward: it has a `backward` of its own; where neither holds, `kernels.run` recomputes through torch.
+    - has_backward: its gradients are those of its own `backward`; where neither holds, `kernels.run` recomputes through
+      torch.
     - gives_lse: `forward` returns the LSE.
+    - max_head_dim: the largest head_dim and v_head_dim that its kernels have on any device.
     - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
       cannot afford that skips the backend.
     """
@@ -41,6 +44,7 @@ class Backend(abc.ABC):
     differentiable: ClassVar[bool] = False
     has_backward: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
+    max_head_dim: ClassVar[int | None] = None
     compile_seconds: ClassVar[float] = 0.0
 
     @abc.abstractmethod
@@ -53,7 +57,25 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32."""
+        """Return the result (B, Q, H, Dv) and, where the backend gives it, the LSE (B, H, Q) float32.
+
+        Of a packed call (total_q, H, Dv) and (H, total_q).
+        """
+
+    def pinned(self, call: Call) -> "Backend":  # noqa: ARG002
+        """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one.
+
+        One that computes a forward again must drop the weights that the forward dropped.
+        """
+        return self
+
+    def saves(self, call: Call) -> bool:  # noqa: ARG002
+        """Return whether `backward` computes the gradients of `call` from what `saving_forward` gives."""
+        return self.has_backward
+
+    def saving_forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the result and the LSE, as `backward` takes them, where no graph is kept; only where it `saves`."""
+        return self.forward(call, config)
 
     def backward(
         self,
@@ -63,12 +85,27 @@ class Backend(abc.ABC):
         grad_out: torch.Tensor,  # noqa: ARG002
         candidate: Candidate,
     ) -> Gradients:
-        """Return the gradients, for the result and LSE that `forward` gave; only where `has_backward`."""
+        """Return the gradients, for the result and LSE that `saving_forward` gave; only where it `saves`."""
         raise UnsupportedError(f"{candidate} has no backward of its own; kernels.run recomputes {call.problem.key}")
+
+    def kept_weights(self, call: Call, config: Config | None) -> torch.Tensor:
+        """Return which weights (B, H, Q, K), bool, the forward keeps for the dropout and seed of `call`.
+
+        Recovered from the forward unless a backend knows its mask (`kernels.dropout.recovered`); raises
+        UnsupportedError where it cannot be.
+        """
+        return dropout.recovered(call, lambda probe: self.forward(probe, config)[0])
 
     def default(self, problem: Problem, device: Device) -> Candidate:
         """Return this backend with the default config of every role."""
         return Candidate.of(self.name, **{role: space.default for role, space in self.spaces(problem, device).items()})
+
+
+def unsupported_varlen(problem: Problem) -> str | None:
+    """Return why a backend that takes packed sequences, but no cache with lengths or pages, cannot compute it."""
+    if not problem.packed:
+        return unsupported_feature(problem, "varlen", "page_size")
+    return "varlen only without a mask" if problem.mask != "none" else unsupported_feature(problem, "page_size")
 
 
 def unsupported_feature(problem: Problem, *features: str) -> str | None:

@@ -7,13 +7,14 @@ import torch
 
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Pass, Problem
 
+from .backend import unsupported_varlen
 from .call import Call
 
 
 def unsupported_cache(problem: Problem) -> str | None:
     """Return why a backend that computes `flattened` calls cannot compute a problem with lengths or pages."""
-    if not (problem.varlen or problem.page_size):
-        return None
+    if problem.packed or not (problem.varlen or problem.page_size):
+        return unsupported_varlen(problem)
     what = "varlen" if problem.varlen else "pages"
     if problem.q_len > MAX_DECODE_Q_LEN:
         return f"{what} only in decoding (q_len up to {MAX_DECODE_Q_LEN})"

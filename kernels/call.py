@@ -9,13 +9,15 @@ from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 
 TORCH_DTYPES = {Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16, Dtype.FP32: torch.float32}
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+FLOATING = (*DTYPES, torch.float64)  # of biases and slopes
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """Tensors and scalars of one call, already checked against each other.
 
-    - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv): any strides.
+    - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv): any strides. With cu_seqlens, B sequences packed
+      one behind the other: (total_q, H, D), (total_kv, Hkv, D), (total_kv, Hkv, Dv).
     - scale: factor on query @ key.T before everything else.
     - mask: bool (True = attend) or additive, broadcastable to (B, H, Q, K); None without one.
     - alibi_slopes: float32, (H,) or (B, H); adds -slope * |i + K - Q - j|.
@@ -28,6 +30,13 @@ class Call:
       None where every row has problem.kv_len. What lies behind is never read.
     - block_table: (B, max_pages), the pages of each row in order; key and value are then (pages, page_size, Hkv, D).
       Entries of which no key is attended may hold anything.
+
+    A packed problem has
+
+    - cu_seqlens: (cu_q, cu_kv), int32 (B + 1,) on the device of the tensors: sequence b has the queries
+      cu_q[b]..cu_q[b + 1] and the keys cu_kv[b]..cu_kv[b + 1], perhaps none, and a diagonal of its own, which ends at
+      its last query and key. The longest are at most problem.q_len and problem.kv_len. There is no mask; the result is
+      (total_q, H, Dv), the LSE (H, total_q).
     """
 
     problem: Problem
@@ -42,6 +51,7 @@ class Call:
     seed: int = 0
     kv_lengths: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def mask_is_bool(self) -> bool:
@@ -56,34 +66,42 @@ class Call:
         return replace(self, query=query, key=key, value=value)
 
 
-def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, paged: bool = False) -> None:
+def check_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, paged: bool = False, packed: bool = False
+) -> None:
     """Raise InputError unless BSHD query, key and value fit together and have a dtype that kernels take.
 
-    `paged`: key and value are (pages, page_size, heads, head_dim), and their first size is not the query's.
+    - paged: key and value are (pages, page_size, heads, head_dim), and their first size is not the query's.
+    - packed: all are (total, heads, head_dim), the total of query is not that of key, and each may be 0.
     """
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise InputError(f"expected 4 dimensions (batch, seq, heads, head_dim), got {shapes}")
+    names = ("total", "heads", "head_dim") if packed else ("batch", "seq", "heads", "head_dim")
+    if not query.dim() == key.dim() == value.dim() == len(names):
+        raise InputError(f"expected {len(names)} dimensions ({', '.join(names)}), got {shapes}")
     if query.dtype not in DTYPES:
         raise InputError(
-            f"expected float16, bfloat16 or float32, got {query.dtype}; "
+            f"expected float16, bfloat16 or float32, got {query.dtype} ({shapes}); "
             "for other dtypes use tilewise.kernels.reference.attention"
         )
     if not query.dtype == key.dtype == value.dtype:
-        raise InputError(f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}")
-    if not query.device == key.device == value.device:
-        raise InputError(f"expected one device, got query {query.device}, key {key.device}, value {value.device}")
-    if key.shape[0] != value.shape[0] or (not paged and query.shape[0] != key.shape[0]):
-        raise InputError(f"expected one {'number of pages' if paged else 'batch size'}, got {shapes}")
-    if key.shape[1:3] != value.shape[1:3]:
-        raise InputError(f"expected key and value of the same length and heads, got {shapes}")
-    if query.shape[3] != key.shape[3]:
-        raise InputError(f"expected query and key of the same head_dim, got {shapes}")
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        raise InputError(f"expected no empty dimension, got {shapes}")
-    if query.shape[2] % key.shape[2]:
         raise InputError(
-            f"query heads must be a multiple of key heads, got {query.shape[2]} and {key.shape[2]} ({shapes})"
+            f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype} ({shapes})"
+        )
+    if not query.device == key.device == value.device:
+        raise InputError(
+            f"expected one device, got query {query.device}, key {key.device}, value {value.device} ({shapes})"
+        )
+    if not packed and (key.shape[0] != value.shape[0] or (not paged and query.shape[0] != key.shape[0])):
+        raise InputError(f"expected one {'number of pages' if paged else 'batch size'}, got {shapes}")
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise InputError(f"expected key and value of the same length and heads, got {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise InputError(f"expected query and key of the same head_dim, got {shapes}")
+    if any(0 in tensor.shape[1 if packed else 0 :] for tensor in (query, key, value)):
+        raise InputError(f"expected no empty dimension, got {shapes}")
+    if query.shape[-2] % key.shape[-2]:
+        raise InputError(
+            f"query heads must be a multiple of key heads, got {query.shape[-2]} and {key.shape[-2]} ({shapes})"
         )
 
 
@@ -117,7 +135,8 @@ def check_cache(
     for name, tensor in (("lengths", kv_lengths), ("block_table", block_table)):
         if tensor is not None and (tensor.dtype is not torch.int32 or tensor.device != query.device):
             raise InputError(
-                f"{name}: expected int32 on {query.device} like query, got {tensor.dtype} on {tensor.device}"
+                f"{name}: expected int32 on {query.device} like query, got {tensor.dtype} {tuple(tensor.shape)} on "
+                f"{tensor.device}"
             )
 
 
@@ -151,16 +170,17 @@ def check_cache_values(call: Call) -> None:
 def check_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raise InputError unless `mask` is bool or floating and broadcasts to (B, H, Q, K)."""
     full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    if mask.dtype is not torch.bool and not mask.is_floating_point():
-        raise InputError(f"mask: expected bool (True = attend) or additive floating point, got {mask.dtype}")
+    shape = tuple(mask.shape)
+    if mask.dtype is not torch.bool and mask.dtype not in FLOATING:
+        raise InputError(f"mask: expected bool (True = attend) or additive floating point, got {mask.dtype} {shape}")
     if mask.device != query.device:
-        raise InputError(f"mask: expected it on {query.device} like query, got {mask.device}")
+        raise InputError(f"mask: expected it on {query.device} like query, got {shape} on {mask.device}")
     fits = mask.dim() <= 4 and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
     )
     if not fits:
         raise InputError(
-            f"mask: expected a shape that broadcasts to (batch, heads, q_len, kv_len) = {full}, got {tuple(mask.shape)}"
+            f"mask: expected a shape that broadcasts to (batch, heads, q_len, kv_len) = {full}, got {shape}"
         )
 
 

@@ -183,24 +183,32 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
     """Return a hash of the source of every kernel of ours: a changed kernel makes its measurements stale."""
     folder = Path(__file__).parent
     sources = {
-        "cpu_tiled": [folder / "backends/tiled_cpu.py"],
+        "cpu_tiled": [folder / "backends/tiled_cpu.py", folder / "packed.py"],
         "flash": [folder / "backends/flash.py"],
         "flash_cute": [folder / "backends/flash_cute.py"],
-        "flex": [folder / "backends/flex.py"],
-        "plain": [folder / "backends/plain.py", folder / "reference.py", folder / "cache.py"],
-        "sdpa": [folder / "backends/sdpa.py", folder / "cache.py"],
+        "flex": [folder / "backends/flex.py", folder / "packed.py"],
+        "plain": [folder / "backends/plain.py", folder / "reference.py", folder / "cache.py", folder / "packed.py"],
+        "sdpa": [folder / "backends/sdpa.py", folder / "cache.py", folder / "packed.py"],
         "triton_decode": [
             folder / "tiles.py",
+            folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/decode.py",
             folder / "triton_kernels/combine.py",
         ],
         "triton_forward": [
             folder / "tiles.py",
             folder / "triton_kernels/common.py",
+            folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/forward.py",
+        ],
+        "triton_hopper": [
+            folder / "tiles.py",
+            folder / "triton_kernels/ranges.py",
+            *(folder / f"triton_kernels/hopper_{part}.py" for part in ("common", "forward", "backward")),
         ],
         "triton_backward": [
             folder / "tiles.py",
+            folder / "triton_kernels/ranges.py",
             folder / "triton_kernels/backward.py",
             folder / "triton_kernels/bias.py",
         ],

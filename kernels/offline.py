@@ -26,10 +26,13 @@ from tilewise.domain.errors import ConfigError, DeviceError
 from tilewise.domain.problem import Layout, Problem
 
 from .call import TORCH_DTYPES, Call
-from .inputs import SOFTCAP
+from .inputs import DROPOUT, DROPOUT_SEED, SOFTCAP
 
-# what each role of a problem compiles; a role without parameters takes no config
+# the device function of each kernel; delta and dbias have no parameters, and combine comes with decode
 KERNELS = {
+    "hopper_forward": "hopper_forward",
+    "hopper_dkdv": "hopper_dkdv",
+    "hopper_dq": "hopper_dq",
     "forward": "attention_forward",
     "dkdv": "dkdv_kernel",
     "dq": "dq_kernel",
@@ -38,7 +41,6 @@ KERNELS = {
     "decode": "attention_decode",
     "combine": "combine_splits",
 }
-DROPOUT = 0.1
 UNLIMITED = 1 << 30  # bytes of shared memory
 _numbers = itertools.count()  # of devices: Triton keeps what it compiled by the number of the device
 
@@ -180,6 +182,8 @@ def call_without_data(problem: Problem) -> Call:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def tensor(rows: int, length: int, heads: int, dim: int) -> torch.Tensor:
+        if p.packed:
+            return empty(rows * length, heads, dim)
         if p.layout is Layout.BHSD:
             return empty(rows, heads, length, dim).transpose(1, 2)
         return empty(rows, length, heads, dim)
@@ -199,46 +203,58 @@ def call_without_data(problem: Problem) -> Call:
         alibi_slopes=empty(p.heads, dtype=torch.float32) if p.alibi else None,
         softcap=SOFTCAP if p.softcap else 0.0,
         dropout=DROPOUT if p.dropout else 0.0,
-        kv_lengths=empty(p.batch, dtype=torch.int32) if p.varlen else None,
+        seed=DROPOUT_SEED,
+        kv_lengths=empty(p.batch, dtype=torch.int32) if p.varlen and not p.packed else None,
         block_table=empty(p.batch, pages, dtype=torch.int32) if pages else None,
+        cu_seqlens=(empty(p.batch + 1, dtype=torch.int32), empty(p.batch + 1, dtype=torch.int32)) if p.packed else None,
     )
 
 
 def compiled(
-    role: str, problem: Problem, config: Config | None, capability: int, *, shared_memory: int = UNLIMITED
+    kernel: str, problem: Problem, config: Config | None, capability: int, *, shared_memory: int = UNLIMITED
 ) -> Compiled:
-    """Compile the kernel of one role (`KERNELS`) and return it.
+    """Compile one of `KERNELS` and return it.
 
     Raises what Triton raises: OutOfResources where a block needs more than `shared_memory` bytes.
     """
     with compiling(capability, shared_memory=shared_memory) as found:
-        launch(role, problem, config)
-    return found[KERNELS[role]]
+        launch(kernel, problem, config)
+    return found[KERNELS[kernel]]
 
 
-def launch(role: str, problem: Problem, config: Config | None) -> None:
-    """Launch the kernel of one role on tensors without data."""
+def launch(kernel: str, problem: Problem, config: Config | None) -> None:
+    """Launch one of `KERNELS` on tensors without data."""
     from .backends.triton import Triton
     from .backends.triton_decode import TritonDecode
     from .triton_kernels import backward, bias
 
     call = call_without_data(problem)
-    if role in ("decode", "combine"):
+    if kernel in ("decode", "combine"):
         TritonDecode().forward(call, config)
-    elif role == "forward":
+    elif kernel in ("forward", "hopper_forward"):
         Triton().forward(call, config)
     else:
-        batch, q_len, heads, _ = call.query.shape
-        out = call.query.new_empty(batch, q_len, heads, problem.v_head_dim)
-        lse = call.query.new_empty(batch, heads, q_len, dtype=torch.float32)
+        out = call.query.new_empty(*call.query.shape[:-1], problem.v_head_dim)
+        rows = (problem.heads, out.shape[0]) if problem.packed else (problem.batch, problem.heads, problem.q_len)
+        lse = call.query.new_empty(rows, dtype=torch.float32)
         prepared = backward.prepare(call, out, lse, torch.empty_like(out))
-        if role == "dkdv":
-            backward.launch_dkdv(prepared, config or _missing(role))
-        elif role == "dq":
-            backward.launch_dq(prepared, config or _missing(role))
-        elif role == "dbias":
+        if kernel == "dbias":
             bias.launch_dbias(prepared)
+        elif kernel != "delta":
+            _launch_gradient(kernel, prepared, config)
 
 
-def _missing(role: str) -> Config:
-    raise ConfigError(f"{role}: expected a config, got none")
+def _launch_gradient(kernel: str, prepared: Any, config: Config | None) -> None:
+    from .triton_kernels import backward
+
+    if config is None:
+        raise ConfigError(f"{kernel}: expected a config, got none")
+    if kernel == "dkdv":
+        backward.launch_dkdv(prepared, config)
+    elif kernel == "dq":
+        backward.launch_dq(prepared, config)
+    else:
+        from .triton_kernels import hopper_backward
+
+        by_name = {"hopper_dkdv": hopper_backward.launch_dkdv, "hopper_dq": hopper_backward.launch_dq}
+        by_name[kernel](prepared, config)

@@ -6,6 +6,7 @@ import torch
 
 from .cache import flattened
 from .call import Call, allowed
+from .packed import Sequence, sequences
 
 _ALL = slice(None)
 
@@ -17,8 +18,11 @@ def attention(
 
     One batch entry and one key head at a time, so that the scores in memory are (H / Hkv, Q, K). Rows with nothing to
     attend give 0 and LSE -inf. With needs_grad the result can be differentiated. `keep`, bool (B, H, Q, K), says which
-    weights dropout leaves.
+    weights dropout leaves. A packed call gives (total_q, H, Dv) and (H, total_q); a sequence's weights are the first
+    rows and columns of its entry in `keep`.
     """
+    if call.cu_seqlens is not None:
+        return _of_sequences(call, dtype, needs_grad, keep)
     call = flattened(call)
     batch, _, heads, _ = call.query.shape
     kv_heads = call.key.shape[2]
@@ -38,28 +42,53 @@ def attention(
         return torch.cat(outs), torch.cat(lses)
 
 
+def _of_sequences(
+    call: Call, dtype: torch.dtype, needs_grad: bool, keep: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, heads = call.query.shape[:2]
+    out = call.query.new_zeros(total, heads, call.value.shape[2], dtype=dtype)
+    lse = call.query.new_full((heads, total), -torch.inf, dtype=dtype)
+    with torch.set_grad_enabled(needs_grad):
+        for one in sequences(call):
+            part, part_lse = attention(one.call, dtype=dtype, needs_grad=needs_grad, keep=_kept(keep, one))
+            out[one.rows], lse[:, one.rows] = part[0], part_lse[0]
+    return out, lse
+
+
+def _kept(keep: torch.Tensor | None, one: Sequence) -> torch.Tensor | None:
+    return None if keep is None else keep[one.entry, None, :, : one.call.query.shape[1], : one.call.key.shape[1]]
+
+
 def gradients(
     call: Call, grad_out: torch.Tensor, *, dtype: torch.dtype = torch.float64, keep: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of query, key and value in `dtype` for the result's gradient (B, Q, H, Dv).
+    """Return the gradients of query, key and value in `dtype` for the result's gradient, in their shapes.
 
     With `bias_grad` the mask's is the fourth. Like `attention`, one batch entry and one key head at a time.
     """
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (call.query, call.key, call.value)]
-    batch, _, heads, _ = call.query.shape
-    kv_heads = call.key.shape[2]
-    group = heads // kv_heads
     detached = call.with_tensors(*leaves)
     if call.problem.bias_grad and call.mask is not None:
         leaves.append(call.mask.detach().to(dtype).requires_grad_())
         detached = replace(detached, mask=leaves[-1])
     with torch.enable_grad():
-        for b in range(batch):
-            for h in range(kv_heads):
-                which = slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1)
-                out, _ = softmax_attention(detached, *which, dtype, keep)
-                out.backward(grad_out[b : b + 1, :, which[1]].to(dtype))
-    return tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
+        if call.cu_seqlens is None:
+            _backward(detached, grad_out, dtype, keep)
+        else:
+            for one in sequences(detached):
+                _backward(one.call, grad_out[None, one.rows], dtype, _kept(keep, one))
+    return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+
+
+def _backward(call: Call, grad_out: torch.Tensor, dtype: torch.dtype, keep: torch.Tensor | None) -> None:
+    batch, _, heads, _ = call.query.shape
+    kv_heads = call.key.shape[2]
+    group = heads // kv_heads
+    for b in range(batch):
+        for h in range(kv_heads):
+            which = slice(b, b + 1), slice(h * group, (h + 1) * group), slice(h, h + 1)
+            out, _ = softmax_attention(call, *which, dtype, keep)
+            out.backward(grad_out[b : b + 1, :, which[1]].to(dtype))
 
 
 def softmax_attention(

@@ -1,5 +1,8 @@
 """Run a candidate on a call: the one place where a call meets a backend, eager and trainable."""
 
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 def run(call: Call, candidate: Candidate) -> Result:
     """Return the result (B, Q, H, Dv) of `candidate` for `call` and its LSE (B, H, Q) where the backend gives one.
 
+    A packed call has the result (total_q, H, Dv) and the LSE (H, total_q).
+
     Gradients: torch differentiates its own backends, Triton has its own backward, and behind the others the backward
     recomputes through torch (`domain.matching.default_candidate`). The LSE is not differentiable.
     """
@@ -26,12 +31,71 @@ def run(call: Call, candidate: Candidate) -> Result:
     if torch.is_autocast_enabled(kind):  # the tensors have their dtypes: what is computed is what the problem says
         with torch.autocast(kind, enabled=False):
             return run(call, candidate)
+    call = _as_stored(call)
     backend = backend_named(candidate.backend)
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
         out, lse = backend.forward(call, candidate.config())
         return out, None if lse is None else lse.detach()
     out, lse = _Attention.apply(call.query, call.key, call.value, call.mask, call, candidate)
     return out, lse
+
+
+def _as_stored(call: Call) -> Call:
+    """Return `call` with tensors whose memory holds their values: torch may keep a sign as a mere flag of a view."""
+    tensors = call.query, call.key, call.value, call.mask, call.alibi_slopes
+    if not any(tensor is not None and tensor.is_neg() for tensor in tensors):
+        return call
+    return replace(
+        call,
+        query=call.query.resolve_neg(),
+        key=call.key.resolve_neg(),
+        value=call.value.resolve_neg(),
+        mask=None if call.mask is None else call.mask.resolve_neg(),
+        alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.resolve_neg(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What ran forward in training: the candidate, and whether its own backward takes the result and the LSE."""
+
+    candidate: Candidate
+    saved: bool
+
+
+def forward(call: Call, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor | None, Ran]:
+    """Return the result and LSE without a graph, and what `backward` needs to know besides."""
+    backend = backend_named(candidate.backend).pinned(call)
+    if backend.name != candidate.backend:
+        candidate = Candidate(backend.name)
+    ran = Ran(candidate, backend.saves(call))
+    # what is computed again drops the weights that were dropped only if it is the same kernel, and SDPA chooses one by
+    # whether gradients are wanted
+    again = call.dropout > 0 and not ran.saved and call.problem.pass_ is Pass.TRAINING
+    if again:
+        call = _with_leaves(call, (True, True, True, call.problem.bias_grad))
+    with torch.set_grad_enabled(again), _own_dtypes(call):
+        out, lse = (backend.saving_forward if ran.saved else backend.forward)(call, candidate.config())
+    return out.detach(), None if lse is None else lse.detach(), ran
+
+
+def backward(
+    call: Call, ran: Ran, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """Return the gradients of query, key, value and mask; those that `needs` leaves out are not gradients.
+
+    Where nothing was saved, out and lse are not looked at, and the forward is computed again.
+    """
+    with _own_dtypes(call):
+        if not ran.saved:
+            return _recomputed(call, ran.candidate, grad_out, needs)
+        backend = backend_named(ran.candidate.backend)
+        return backend.backward(call, out, lse, grad_out.resolve_neg(), ran.candidate)
+
+
+def _own_dtypes(call: Call) -> contextlib.AbstractContextManager[object]:
+    kind = call.query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class _Attention(torch.autograd.Function):
@@ -51,7 +115,7 @@ class _Attention(torch.autograd.Function):
         out, lse = backend.forward(call, candidate.config())
         # all tensors, and nothing that holds them: checkpointing and offloading replace what is saved here
         results = (out, lse) if backend.has_backward else (None, None)
-        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *results)
+        ctx.save_for_backward(query, key, value, mask, call.alibi_slopes, *(call.cu_seqlens or (None, None)), *results)
         ctx.problem, ctx.candidate = call.problem, candidate
         ctx.scalars = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": call.seed}
         if lse is not None:
@@ -61,35 +125,39 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask, slopes, out, lse = ctx.saved_tensors
-        call = Call(ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, **ctx.scalars)
-        with torch.autocast(query.device.type, enabled=False):
-            if out is None:
-                found = _recomputed(call, grad_out, ctx.needs_input_grad)
-            else:
-                found = backend_named(ctx.candidate.backend).backward(call, out, lse, grad_out, ctx.candidate)
+        query, key, value, mask, slopes, cu_q, cu_kv, out, lse = ctx.saved_tensors
+        cu_seqlens = None if cu_q is None else (cu_q, cu_kv)
+        call = Call(
+            ctx.problem, query, key, value, mask=mask, alibi_slopes=slopes, cu_seqlens=cu_seqlens, **ctx.scalars
+        )
         needs = ctx.needs_input_grad
+        found = backward(call, Ran(ctx.candidate, saved=out is not None), out, lse, grad_out, needs)
         gradients = (found.query, found.key, found.value, found.mask)
         return (*(grad if need else None for grad, need in zip(gradients, needs, strict=False)), None, None)
 
 
-def _recomputed(call: Call, grad_out: torch.Tensor, needs: tuple[bool, ...]) -> Gradients:
-    """Return the gradients through torch's own choice; those that nobody needs are not gradients."""
-    inputs = [
-        None if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip((call.query, call.key, call.value, call.mask), needs, strict=False)
-    ]
-    query, key, value, mask = inputs
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    again = Call(call.problem, query, key, value, call.scale, mask, call.alibi_slopes, call.softcap)
+def _recomputed(call: Call, candidate: Candidate, grad_out: torch.Tensor, needs: Sequence[bool]) -> Gradients:
+    """Return the gradients through `candidate` where torch can differentiate it, else through torch's own choice."""
+    if not backend_named(candidate.backend).differentiable:
+        candidate = default_candidate(call.problem)
+    again = _with_leaves(call, needs)
     with torch.enable_grad():
-        out, _ = backend_named(default_candidate(call.problem).backend).forward(again, None)
+        out, _ = backend_named(candidate.backend).forward(again, candidate.config())
+    inputs = (again.query, again.key, again.value, again.mask)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, grad_out), strict=True))
     grads = [None if tensor is None else found.get(id(tensor)) for tensor in inputs]
     d_query, d_key, d_value = (
-        tensor if grad is None else grad for tensor, grad in zip((query, key, value), grads[:3], strict=True)
+        tensor if grad is None else grad for tensor, grad in zip(inputs[:3], grads[:3], strict=True)
     )
     return Gradients(d_query, d_key, d_value, mask=grads[3])
+
+
+def _with_leaves(call: Call, needs: Sequence[bool]) -> Call:
+    """Return `call` with tensors of its own, of which those that `needs` says ask for gradients."""
+    query, key, value = (
+        tensor.detach().requires_grad_(need)
+        for tensor, need in zip((call.query, call.key, call.value), needs, strict=False)
+    )
+    mask = None if call.mask is None else call.mask.detach().requires_grad_(needs[3])
+    return replace(call, query=query, key=key, value=value, mask=mask)

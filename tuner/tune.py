@@ -140,13 +140,13 @@ class _Tuning:
             }
         return sum(trial.outcome not in NOT_TRIED for trial in self._tried.values())
 
-    def _try_defaults(self, bench: Bench) -> dict[tuple[str, str], SearchSpace]:
-        """Try every backend's default, torch's own choice first; return the spaces to search, by backend and role."""
+    def _try_defaults(self, bench: Bench) -> dict[tuple[str, str, str], SearchSpace]:
+        """Try every backend's default, torch's own choice first; return the spaces by backend, role and kernel."""
         names = [
             self._default.backend,
             *(name for name in BACKENDS if name in self._backends - {self._default.backend}),
         ]
-        spaces: dict[tuple[str, str], SearchSpace] = {}
+        spaces: dict[tuple[str, str, str], SearchSpace] = {}
         for name in names:
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
@@ -159,7 +159,7 @@ class _Tuning:
                 self._keep(bench.refused(candidate, reason) if reason else self._attempt(bench, candidate))
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
-                    spaces[name, role] = space
+                    spaces |= {(name, role, kernel.kernel): kernel for kernel in space.by_kernel}
             if candidate == self._default and self._tried[candidate].outcome is not Outcome.OK:
                 message = self._tried[candidate].message
                 raise TuningError(f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}")
@@ -175,11 +175,11 @@ class _Tuning:
             f"spends at most {most:g} s on that; allow more seconds or name it with --backends"
         )
 
-    def _search(self, bench: Bench, spaces: dict[tuple[str, str], SearchSpace]) -> None:
+    def _search(self, bench: Bench, spaces: dict[tuple[str, str, str], SearchSpace]) -> None:
         """Search every space in turn. A config of one role is tried with the best known configs of the others."""
         searches = {
-            (name, role): Search(space, seed=self._seed, tried=self._ratios(name, role))
-            for (name, role), space in spaces.items()
+            (name, role, kernel): Search(space, seed=self._seed, tried=self._ratios(name, role))
+            for (name, role, kernel), space in spaces.items()
         }
         spent = dict.fromkeys(searches, 0.0)
         stale = 0
@@ -189,14 +189,15 @@ class _Tuning:
             if stale >= self._budget.patience or not any(search.remaining for search in searches.values()):
                 return
             # the space that has had least time: what compiles for long is tried less often
-            name, role = min((each for each in searches if searches[each].remaining), key=spent.__getitem__)
-            config = searches[name, role].ask()
+            chosen = min((each for each in searches if searches[each].remaining), key=spent.__getitem__)
+            name, role, _ = chosen
+            config = searches[chosen].ask()
             assert config is not None, "configs remain"
             before = self._best_ratio()
             trial = self._attempt(bench, self._best_of(name).with_config(role, config))
             self._keep(trial)
-            spent[name, role] += trial.seconds
-            searches[name, role].tell(config, trial.measurement.ratio if trial.measurement else None)
+            spent[chosen] += trial.seconds
+            searches[chosen].tell(config, trial.measurement.ratio if trial.measurement else None)
             stale = 0 if self._best_ratio() < before else stale + 1
 
     def _best_of(self, backend: str) -> Candidate:

@@ -19,8 +19,9 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Problem
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, unsupported_feature, unsupported_varlen
 from ..call import Call
+from ..packed import flash_arguments
 
 _ARGUMENTS = {"softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic", "return_attn_probs"}
 
@@ -44,13 +45,16 @@ class Flash(Backend):
             return "needs fp16 or bf16"
         if problem.head_dim > 256 or problem.v_head_dim != problem.head_dim:
             return "needs one head_dim of at most 256"
-        return unsupported_feature(problem, "mask", "dropout", "varlen", "page_size")
+        return unsupported_feature(problem, "mask", "dropout") or unsupported_varlen(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        out, lse, _ = _function()(
+        packed = flash_arguments(call)
+        function = _function("flash_attn_varlen_func", *packed) if packed else _function("flash_attn_func")
+        out, lse, _ = function(
             call.query,
             call.key,
             call.value,
+            **packed,
             softmax_scale=call.scale,
             causal=call.problem.causal,
             window_size=call.window,
@@ -59,6 +63,11 @@ class Flash(Backend):
             deterministic=call.problem.deterministic,
             return_attn_probs=True,
         )
+        if packed and lse.dim() != 2:
+            raise UnsupportedError(
+                f"this flash_attn is too old: its LSE of packed sequences is {tuple(lse.shape)}, not (heads, total); "
+                "build 2.6.2 or newer"
+            )
         # its LSE of a row with nothing to attend is +inf
         return out, lse.masked_fill(lse == torch.inf, -torch.inf)
 
@@ -76,13 +85,13 @@ def absent() -> str | None:
 
 
 @functools.cache
-def _function() -> Any:
-    """Return flash_attn_func. Raises UnsupportedError where it cannot be imported or is too old."""
+def _function(name: str, *arguments: str) -> Any:
+    """Return its function of that name. Raises UnsupportedError where it cannot be imported or is too old."""
     try:
-        function = importlib.import_module("flash_attn.flash_attn_interface").flash_attn_func
+        function = getattr(importlib.import_module("flash_attn.flash_attn_interface"), name)
     except (ImportError, OSError) as error:  # OSError: built against another torch
         raise UnsupportedError(f"flash_attn cannot be imported: {error}; build it again for this torch") from error
-    lacks = sorted(_ARGUMENTS - {*inspect.signature(function).parameters})
+    lacks = sorted({*_ARGUMENTS, *arguments} - {*inspect.signature(function).parameters})
     if lacks:
         raise UnsupportedError(f"this flash_attn is too old, it takes no {', '.join(lacks)}; build 2.6 or newer")
     return function

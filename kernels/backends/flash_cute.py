@@ -13,25 +13,29 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from tilewise.domain.config import Config, Value
+from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_feature, unsupported_varlen
 from ..call import Call
+from ..packed import flash_arguments
 
 KERNEL = "flash_cute_forward"
 KNOWN_VERSION = "4.0.0b36"
 _NEEDED = {"cutlass": "nvidia-cutlass-dsl", "quack": "quack-kernels", "tvm_ffi": "apache-tvm-ffi", "einops": "einops"}
 _TUNED = ("tile_mn", "mma_pv_is_rs", "intra_wg_overlap", "pack_gqa", "num_splits")
-_BACKWARD = ("softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "deterministic")
+_SHARED = (
+    "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right",
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+)  # fmt: skip
 # Registers of a thread for scores, their half-precision copy and the accumulator, by tile_m (64 rows a warp group).
 # Measured on an H200: above these a config spills and is 2 to 3 times slower than the best.
 _REGISTERS = {64: 240, 128: 216, 192: 140}
@@ -60,7 +64,7 @@ class FlashCute(Backend):
         if problem.dtype is Dtype.FP32:
             return "needs fp16 or bf16"
         reason = _why_not_arch(problem, device) or _why_not_head_dim(problem, device.capability // 10)
-        return reason or unsupported_feature(problem, "mask", "alibi", "dropout", "varlen", "page_size")
+        return reason or unsupported_feature(problem, "mask", "alibi", "dropout") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         if _internals() is None:
@@ -70,21 +74,25 @@ class FlashCute(Backend):
         return {"forward": _space(problem.head_dim, problem.v_head_dim, group, family, device.shared_memory)}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with torch.cuda.device_of(call.query):  # it launches on the current device, whatever the tensors are on
+            return self._forward(call, config)
+
+    def _forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
-            own = _interface().flash_attn_func
+            interface = _interface()
         except ImportError as error:
             raise UnsupportedError(f"flash_attn.cute cannot be imported: {error}; install it again") from error
-        left, right = call.window
-        window = None if left == -1 else left, None if right == -1 else right
-        options = _options(call.problem, config)
+        options, packed = _options(call.problem, config), flash_arguments(call)
         if not options:
+            own = interface.flash_attn_varlen_func if packed else interface.flash_attn_func
             out, lse = own(
                 call.query,
                 call.key,
                 call.value,
+                **packed,
                 softmax_scale=call.scale,
                 causal=call.problem.causal,
-                window_size=window,
+                window_size=_sides(call),
                 softcap=call.softcap,
                 deterministic=call.problem.deterministic,
                 return_lse=True,
@@ -96,9 +104,24 @@ class FlashCute(Backend):
                 f"{config} cannot be told to flash-attn-4 {version()}: its _flash_attn_fwd and _flash_attn_bwd take "
                 f"other parameters than those of {KNOWN_VERSION}; install that version or use the default config"
             )
-        tuned = _Tuned(internals, call.scale, call.problem.causal, window, call.softcap, call.problem.deterministic)
-        out, lse = _Attend.apply(call.query, call.key, call.value, tuned, options)
+        out, lse = _Attend.apply(call.query, call.key, call.value, _Tuned.of(internals, call), options)
         return out, lse
+
+    def saves(self, call: Call) -> bool:  # noqa: ARG002
+        return _internals() is not None
+
+    def backward(
+        self,
+        call: Call,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+        candidate: Candidate,  # noqa: ARG002
+    ) -> Gradients:
+        internals = _internals()
+        assert internals is not None, "it saved"
+        found = _Tuned.of(internals, call).backward(call.query, call.key, call.value, out, lse, grad_out)
+        return Gradients(*found)
 
 
 def absent() -> str | None:
@@ -165,9 +188,10 @@ def _internals() -> Internals | None:
     if forward is None or backward is None:
         return None
     takes = {*inspect.signature(forward).parameters}
-    if not takes.issuperset({*_TUNED, *_BACKWARD[:-1], "return_lse"}):
+    if not takes.issuperset({*_TUNED, *_SHARED, "return_lse"}):
         return None
-    return Internals(forward, backward) if {*inspect.signature(backward).parameters}.issuperset(_BACKWARD) else None
+    takes = {*inspect.signature(backward).parameters}
+    return Internals(forward, backward) if takes.issuperset({*_SHARED, "deterministic"}) else None
 
 
 def version() -> str | None:
@@ -252,6 +276,11 @@ def _options(problem: Problem, config: Config | None) -> dict[str, Any]:
     return options
 
 
+def _sides(call: Call) -> tuple[int | None, int | None]:
+    left, right = call.window
+    return None if left == -1 else left, None if right == -1 else right
+
+
 # other tiles than its own
 
 
@@ -265,6 +294,20 @@ class _Tuned:
     window: tuple[int | None, int | None]
     softcap: float
     deterministic: bool
+    packed: dict[str, Any]
+
+    @classmethod
+    def of(cls, internals: Internals, call: Call) -> Self:
+        problem = call.problem
+        return cls(
+            internals,
+            call.scale,
+            problem.causal,
+            _sides(call),
+            call.softcap,
+            problem.deterministic,
+            flash_arguments(call),
+        )
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -274,7 +317,22 @@ class _Tuned:
             "softcap": self.softcap,
             "window_size_left": self.window[0],
             "window_size_right": self.window[1],
+            **self.packed,
         }
+
+    def backward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        d_query, d_key, d_value, *_ = self.internals.backward(
+            query, key, value, out, grad_out, lse, deterministic=self.deterministic, **self.shared
+        )
+        return d_query, d_key, d_value
 
 
 class _Attend(torch.autograd.Function):
@@ -293,9 +351,4 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        tuned = ctx.tuned
-        d_query, d_key, d_value, *_rest = tuned.internals.backward(
-            query, key, value, out, grad_out, lse, deterministic=tuned.deterministic, **tuned.shared
-        )
-        return d_query, d_key, d_value, None, None
+        return *ctx.tuned.backward(*ctx.saved_tensors, grad_out), None, None

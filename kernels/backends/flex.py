@@ -29,8 +29,9 @@ from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Pass, Precision, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, unsupported_feature, unsupported_varlen
 from ..call import Call
+from ..packed import on_padded
 
 KERNEL = "flex_forward"
 SPARSE_BLOCK = 128  # a tile must divide a block of the block mask
@@ -57,7 +58,7 @@ class Flex(Backend):
             return "needs triton, which is not installed: pip install triton"
         if min(problem.head_dim, problem.v_head_dim) < 16:
             return "needs head_dim of at least 16"
-        return unsupported_feature(problem, "dropout", "varlen", "page_size", "deterministic")
+        return unsupported_feature(problem, "dropout", "deterministic") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         size = 4 if problem.dtype is Dtype.FP32 else 2
@@ -66,7 +67,8 @@ class Flex(Backend):
         return {"forward": _space(problem.head_dim, problem.v_head_dim, size, short, tma, device.shared_memory)}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _forward(call, _kernel_options(call.problem, config), with_lse=True)
+        options = _kernel_options(call.problem, config)
+        return on_padded(call, lambda padded: _forward(padded, options, with_lse=True))
 
 
 def _plain_path(path: str) -> bool:
@@ -94,7 +96,7 @@ class FlexCpu(Flex):
             return "torch is installed in a folder whose name has spaces or signs, from which inductor cannot link"
         if problem.pass_ is Pass.TRAINING:
             return "computes no gradients on a CPU"
-        return unsupported_feature(problem, "dropout", "varlen", "page_size", "deterministic")
+        return unsupported_feature(problem, "dropout", "deterministic") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:  # noqa: ARG002
         return {}
@@ -102,7 +104,7 @@ class FlexCpu(Flex):
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
         with torch.no_grad():  # FlexAttention refuses CPU tensors that require grad, even where none is computed
             detached = call.with_tensors(call.query.detach(), call.key.detach(), call.value.detach())
-            return _forward(detached, (), with_lse=False)
+            return on_padded(detached, lambda padded: _forward(padded, (), with_lse=False))
 
 
 FLEX_BACKENDS: tuple[Backend, ...] = (Flex(), FlexCpu())

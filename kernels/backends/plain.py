@@ -10,6 +10,7 @@ from .. import reference
 from ..backend import Backend
 from ..cache import flattened, unsupported_cache
 from ..call import Call
+from ..packed import on_padded
 
 
 class Plain(Backend):
@@ -23,8 +24,12 @@ class Plain(Backend):
         return unsupported_cache(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        out, lse = reference.softmax_attention(flattened(call), keep=_keep(call) if call.dropout > 0 else None)
-        return out, lse.float()
+        return on_padded(flattened(call), _attend)
+
+
+def _attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = reference.softmax_attention(call, keep=_keep(call) if call.dropout > 0 else None)
+    return out, lse.float()
 
 
 def _keep(call: Call) -> torch.Tensor:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tilewise.domain.config import Config
+from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device, DeviceKind
-from tilewise.domain.problem import Dtype, Problem
+from tilewise.domain.problem import Dtype, Pass, Problem
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_feature
 from ..cache import flattened, unsupported_cache
 from ..call import Call, allowed
+from ..packed import on_padded
+from . import sdpa_fused
 
 
 class Sdpa(Backend):
@@ -31,29 +33,77 @@ class Sdpa(Backend):
         return unsupported_feature(problem, "softcap", "page_size", "deterministic") or unsupported_cache(problem)
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
-        call = flattened(call)
-        query, key, value = (tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value))
-        given = _given(call)
-        with _seeded(call):
-            out = torch.nn.functional.scaled_dot_product_attention(
+        return on_padded(flattened(call), _attend)
+
+    def pinned(self, call: Call) -> Backend:
+        if not _is_plain(call):
+            return self
+        with torch.enable_grad():  # what it takes depends on whether gradients are wanted
+            query, key, value = (tensor.detach().requires_grad_() for tensor in _bhsd(call))
+            choice = torch._fused_sdp_choice(
                 query,
                 key,
                 value,
-                attn_mask=given.mask,
-                dropout_p=call.dropout,
-                is_causal=given.is_causal,
+                is_causal=_is_causal(call.problem),
                 scale=call.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-        if given.empty_rows is not None:
-            out = out.masked_fill(given.empty_rows, 0)
-        return out.transpose(1, 2), None
+        return _BY_CHOICE.get(choice, self)
+
+
+def _attend(call: Call) -> tuple[torch.Tensor, None]:
+    query, key, value = _bhsd(call)
+    given = _given(call)
+    with _seeded(call):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=given.mask,
+            dropout_p=call.dropout,
+            is_causal=given.is_causal,
+            scale=call.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    if given.empty_rows is not None:
+        out = out.masked_fill(given.empty_rows, 0)
+    return out.transpose(1, 2), None
 
 
 class _Chosen(Sdpa):
     """SDPA held to one of its implementations."""
 
     choice: SDPBackend
+
+    def pinned(self, call: Call) -> Backend:  # noqa: ARG002
+        return self
+
+    def saves(self, call: Call) -> bool:
+        is_causal = _is_causal(call.problem)
+        return _is_plain(call) and sdpa_fused.is_fused(self.choice, *_bhsd(call), is_causal=is_causal)
+
+    def saving_forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG002
+        out, lse = sdpa_fused.forward(self.choice, *_bhsd(call), is_causal=_is_causal(call.problem), scale=call.scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        call: Call,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+        candidate: Candidate,  # noqa: ARG002
+    ) -> Gradients:
+        found = sdpa_fused.backward(
+            self.choice,
+            grad_out.transpose(1, 2),
+            *_bhsd(call),
+            out.transpose(1, 2),
+            lse,
+            is_causal=_is_causal(call.problem),
+            scale=call.scale,
+        )
+        return Gradients(*(gradient.transpose(1, 2) for gradient in found))
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         with sdpa_kernel(self.choice):
@@ -120,7 +170,21 @@ class SdpaEfficient(_ChosenCuda):
         return None
 
 
-SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
+_CHOSEN: tuple[_Chosen, ...] = (SdpaCudnn(), SdpaFlash(), SdpaEfficient(), SdpaMath())
+_BY_CHOICE: dict[int, Backend] = {backend.choice.value: backend for backend in _CHOSEN}
+SDPA_BACKENDS: tuple[Backend, ...] = (Sdpa(), *_CHOSEN)
+
+
+def _bhsd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return call.query.transpose(1, 2), call.key.transpose(1, 2), call.value.transpose(1, 2)
+
+
+def _is_plain(call: Call) -> bool:
+    return call.dropout == 0 and not _needs_mask(call.problem)
+
+
+def _is_causal(problem: Problem) -> bool:
+    return problem.causal and problem.q_len > 1
 
 
 def _needs_mask(problem: Problem) -> bool:
@@ -131,14 +195,18 @@ def _needs_mask(problem: Problem) -> bool:
 
 @contextlib.contextmanager
 def _seeded(call: Call) -> Iterator[None]:
-    """Within, torch's generators start from the call's seed, so that the same seed drops the same weights."""
+    """Within, the device's generator starts from the call's seed, so that the same seed drops the same weights."""
     if call.dropout == 0:
         yield
         return
     device = call.query.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(call.seed)
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(call.seed)
+    try:
         yield
+    finally:
+        generator.set_state(state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +214,8 @@ class _Given:
     """What SDPA is told about who attends whom.
 
     empty_rows, broadcastable to (B, H, Q, 1), are the queries with nothing to attend: SDPA's CUDA kernels give such
-    rows an average of the values, so they are set to 0 afterwards. An additive mask is not searched for them.
+    rows an average of the values, or NaN, so they are set to 0 afterwards. For a training step an additive mask lets
+    such a row attend everything, so that its backward meets no NaN either.
     """
 
     mask: torch.Tensor | None
@@ -157,7 +226,7 @@ class _Given:
 def _given(call: Call) -> _Given:
     problem, mask = call.problem, call.mask
     if not _needs_mask(problem):
-        return _Given(None, problem.causal and problem.q_len > 1, None)
+        return _Given(None, _is_causal(problem), None)
     reach = empty = None
     if call.window != (-1, -1):
         reach, empty = _reach(problem.q_len, problem.kv_len, call.window, call.query.device)
@@ -174,6 +243,10 @@ def _given(call: Call) -> _Given:
         mask = reach if mask is None else mask.masked_fill(~reach, -torch.inf)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(call.query.dtype)
+        if call.mask is not None and not call.mask_is_bool:
+            empty = mask.detach().amax(-1, keepdim=True) == -torch.inf
+        if empty is not None and problem.pass_ is Pass.TRAINING:
+            mask = mask.masked_fill(empty, 0)
     return _Given(mask, False, empty)
 
 
@@ -189,8 +262,9 @@ def _reach(
         rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
         reach = allowed(rows, columns, kv_len - q_len, window)
         assert reach is not None, "a window of (-1, -1) needs no mask"
-        empty = ~reach.any(-1, keepdim=True)
-        return reach, empty if bool(empty.any()) else None
+        # of a window only the right side can leave a query nothing: the first, where there are fewer keys
+        some_empty = window[1] != -1 and kv_len - q_len + window[1] < 0
+        return reach, ~reach.any(-1, keepdim=True) if some_empty else None
 
 
 def _alibi(call: Call) -> torch.Tensor:

@@ -13,8 +13,9 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, unsupported_feature
+from ..backend import Backend, unsupported_feature, unsupported_varlen
 from ..call import Call, allowed
+from ..packed import sequences
 
 KERNEL = "cpu_tiled"
 _TILES = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -30,7 +31,7 @@ class TiledCpu(Backend):
     def supports(self, problem: Problem, device: Device) -> str | None:
         if device.kind is not DeviceKind.CPU:
             return "needs a CPU"
-        return unsupported_feature(problem, "mask", "alibi", "softcap", "dropout", "varlen", "page_size")
+        return unsupported_feature(problem, "mask", "alibi", "softcap", "dropout") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:  # noqa: ARG002
         return {"forward": _space(problem)}
@@ -38,25 +39,14 @@ class TiledCpu(Backend):
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if config is None:
             config = _space(call.problem).default
-        batch, q_len, heads, _ = call.query.shape
-        out = call.query.new_empty(batch, q_len, heads, call.value.shape[-1])
-        lse = call.query.new_empty(batch, heads, q_len, dtype=torch.float32)
-        group = heads // call.key.shape[2]
-        chunk = config["heads_per_chunk"]
-        for entry in range(batch):
-            for first in range(0, call.key.shape[2], chunk):
-                kv = slice(first, first + chunk)
-                q = slice(first * group, (first + chunk) * group)
-                _attend_heads(
-                    call,
-                    call.query[entry, :, q],
-                    call.key[entry, :, kv],
-                    call.value[entry, :, kv],
-                    out[entry, :, q],
-                    lse[entry, q],
-                    config["block_q"],
-                    config["block_k"],
-                )
+        if call.cu_seqlens is None:
+            return _attend(call, config)
+        total, heads = call.query.shape[:2]
+        out = call.query.new_zeros(total, heads, call.value.shape[-1])
+        lse = call.query.new_full((heads, total), -torch.inf, dtype=torch.float32)
+        for one in sequences(call):
+            part, part_lse = _attend(one.call, config)
+            out[one.rows], lse[:, one.rows] = part[0], part_lse[0]
         return out, lse
 
 
@@ -88,6 +78,29 @@ def _space(problem: Problem) -> SearchSpace:
             KERNEL, block_q=min(block_q[-1], 64), block_k=min(block_k[-1], 256), heads_per_chunk=min(heads[-1], 2)
         ),
     )
+
+
+def _attend(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, q_len, heads, _ = call.query.shape
+    out = call.query.new_empty(batch, q_len, heads, call.value.shape[-1])
+    lse = call.query.new_empty(batch, heads, q_len, dtype=torch.float32)
+    group = heads // call.key.shape[2]
+    chunk = config["heads_per_chunk"]
+    for entry in range(batch):
+        for first in range(0, call.key.shape[2], chunk):
+            kv = slice(first, first + chunk)
+            q = slice(first * group, (first + chunk) * group)
+            _attend_heads(
+                call,
+                call.query[entry, :, q],
+                call.key[entry, :, kv],
+                call.value[entry, :, kv],
+                out[entry, :, q],
+                lse[entry, q],
+                config["block_q"],
+                config["block_k"],
+            )
+    return out, lse
 
 
 def _attend_heads(

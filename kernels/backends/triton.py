@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -10,9 +11,10 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Dtype, Pass, Precision, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
-from ..backend import Backend, Gradients, unsupported_feature
+from ..backend import Backend, Gradients, unsupported_varlen
 from ..call import Call
 from ..tiles import padded
+from . import hopper_spaces
 from .triton_memory import Tiles, shared_memory
 
 MAX_REGISTERS = 256  # a thread has 255; one more would spill even if nothing else were held
@@ -21,30 +23,42 @@ ROLES = ("forward", "dkdv", "dq")
 
 
 class Triton(Backend):
-    """sm_80 and up by pointers, sm_90 and up through TMA too; head_dim up to 256."""
+    """sm_80 and up by pointers, sm_90 and up through TMA too, warp-specialised on sm_90; head_dim up to 256."""
 
     name = "triton"
     has_backward = True
     gives_lse = True
+    max_head_dim = 256
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         if device.kind is not DeviceKind.CUDA:
             return "needs a CUDA device"
         if device.capability < 80:
             return f"needs sm_80 or newer, this is {device.arch}"
-        if max(problem.head_dim, problem.v_head_dim) > 256:
-            return "needs head_dim of at most 256"
-        return unsupported_feature(problem, "varlen", "page_size")
+        if max(problem.head_dim, problem.v_head_dim) > self.max_head_dim:
+            return f"needs head_dim of at most {self.max_head_dim}"
+        return unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         roles = ROLES if problem.pass_ is Pass.TRAINING else ROLES[:1]
-        return {role: _space(role, tiles_of(role, problem, device)) for role in roles}
+        return {role: _with_hopper(role, problem, device) for role in roles}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Imported here: triton is absent where there is no GPU, and this file must still list its backend.
         from ..triton_kernels.forward import launch
 
-        return launch(call, config or self._config(call, "forward"))
+        if _nothing_packed(call):
+            total, heads = call.query.shape[:2]
+            lse = call.query.new_full((heads, total), -torch.inf, dtype=torch.float32)
+            return call.query.new_zeros(total, heads, call.value.shape[-1]), lse
+        config = config or self._config(call, "forward")
+        if config.kernel != hopper_spaces.FORWARD:
+            return launch(call, config)
+        if call.scale <= 0:  # it folds the scale into the exponent, after the maximum
+            return launch(call, self._config(call, "forward"))
+        from ..triton_kernels import hopper_forward
+
+        return hopper_forward.launch(call, config)
 
     def backward(
         self, call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, candidate: Candidate
@@ -52,17 +66,49 @@ class Triton(Backend):
         from ..triton_kernels.backward import launch_dkdv, launch_dq, prepare
         from ..triton_kernels.bias import launch_dbias
 
+        if _nothing_packed(call):
+            return Gradients(*(torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value)))
         prepared = prepare(call, out, lse, grad_out)
-        grad_key, grad_value = launch_dkdv(prepared, candidate.config("dkdv") or self._config(call, "dkdv"))
-        grad_query = launch_dq(prepared, candidate.config("dq") or self._config(call, "dq"))
+        dkdv, dq = (candidate.config(role) or self._config(call, role) for role in ROLES[1:])
+        if {dkdv.kernel, dq.kernel} & {hopper_spaces.DKDV, hopper_spaces.DQ}:
+            from ..triton_kernels import hopper_backward
+        by_dkdv = hopper_backward.launch_dkdv if dkdv.kernel == hopper_spaces.DKDV else launch_dkdv
+        by_dq = hopper_backward.launch_dq if dq.kernel == hopper_spaces.DQ else launch_dq
+        grad_key, grad_value = by_dkdv(prepared, dkdv)
+        grad_query = by_dq(prepared, dq)
         grad_mask = launch_dbias(prepared) if call.problem.bias_grad else None
         return Gradients(grad_query, grad_key, grad_value, grad_mask)
+
+    def kept_weights(self, call: Call, config: Config | None) -> torch.Tensor:  # noqa: ARG002
+        from ..triton_kernels.common import dropout_mask
+
+        return dropout_mask(call)
 
     def _config(self, call: Call, role: str) -> Config:
         """Return the default for a call whose candidate names no config: small enough for any sm_80 device."""
         problem = call.problem
         tiles = Tiles(padded(problem.head_dim), padded(problem.v_head_dim), _ELEMENT_BYTES[problem.dtype], False, 80, 0)
         return _default(role, tiles)
+
+
+def _with_hopper(role: str, problem: Problem, device: Device) -> SearchSpace:
+    """Return the space of a role, with that of the warp-specialised kernel where there is one.
+
+    The first one's default is the backend's. The warp-specialised forward has one program on a multiprocessor, whose
+    start and end nothing hides: with narrow heads, whose tiles are soon done, the other is the better guess.
+    """
+    space = _space(role, tiles_of(role, problem, device))
+    hopper = hopper_spaces.space(role, problem, device) if describable(problem) else None
+    if hopper is None:
+        return space
+    if role == "forward" and max(problem.head_dim, problem.v_head_dim) <= 64:
+        return replace(space, alternatives=(hopper,))
+    return replace(hopper, alternatives=(space,))
+
+
+def _nothing_packed(call: Call) -> bool:
+    """Whether a packed call has no queries, or no keys, at all: there is no memory that a kernel could be given."""
+    return call.cu_seqlens is not None and 0 in (call.query.shape[0], call.key.shape[0])
 
 
 def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
@@ -83,6 +129,7 @@ def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
         mask_bytes=0 if problem.mask == "none" else 1 if problem.mask.startswith("bool") else size,
         mask_along_keys="k1" not in problem.mask,
         aligned=problem.head_dim % 16 == 0 and problem.v_head_dim % 16 == 0,
+        packed=problem.packed,
     )
 
 

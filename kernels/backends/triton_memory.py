@@ -35,6 +35,7 @@ class Tiles:
     mask_bytes: int = 0
     mask_along_keys: bool = True
     aligned: bool = True
+    packed: bool = False
 
     @property
     def tma(self) -> bool:
@@ -64,10 +65,11 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
     if not tiles.tensor_cores:
         exchanged = (2 if role == "dkdv" else 1) * rows * columns * size
     if tiles.mask_bytes:  # the mask's tile takes the layout of the scores
-        short = min(tiles.mask_bytes, 2)
-        dkdv = 512 * warps if short == 2 and tiles.mask_along_keys else short * rows * columns
-        dq = (short if tiles.mask_along_keys else 4) * rows * columns
-        exchanged += {"forward": 4 * rows * columns, "dkdv": dkdv, "dq": dq}[role]
+        changing = (tiles.mask_bytes if tiles.mask_along_keys else 4) * rows * columns
+        if role == "dkdv":  # its scores are transposed
+            narrow = tiles.mask_bytes > 1 and tiles.mask_along_keys
+            changing = (1024 if warpgroup else 512) * warps if narrow else min(tiles.mask_bytes, 2) * rows * columns
+        exchanged += changing
     # a tile that changes its layout passes through this, a few rows of a warp at a time
     tf32 = size == 4 and tiles.tensor_cores
     passing = min(visited * wide, (32 if tf32 or not tiles.aligned else 8) * warps * max(wide, 32)) * size
@@ -75,6 +77,8 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
         crossed = passing if tf32 and role != "forward" else 0
         exchanged += 4 * rows * warps + (visited * (d + dv) * size if tma else crossed)
 
+    if tiles.packed and tma and not warpgroup:  # rows of the next sequence are cleared, behind the load
+        exchanged += visited * (dv if role == "forward" else d + dv) * size
     kept = height * (d if role == "forward" else d + dv) * size
     each = visited * (d + dv) * size
     once = {

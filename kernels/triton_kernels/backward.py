@@ -18,8 +18,9 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
-from .common import features, kept, scores, unit_stride
-from .forward import describable, descriptor, load_tile
+from .common import Scoring, batched, features, in_reach, kept, mask_tile, packing, scores, strides, unit_stride
+from .forward import describable, descriptor, load_tile, rows_of, span
+from .ranges import key_range, query_range
 
 
 @triton.jit
@@ -28,21 +29,10 @@ def weights_and_gradient(
     b_dp,  # grad_out @ value.T, or its transpose
     b_lse,  # broadcast over the keys, in units of log2; +inf where there is nothing to attend
     b_delta,  # broadcast over the keys
+    b_mask,  # mask_tile
     o_row,
     o_key,
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     BORDER: tl.constexpr,
     MASK: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -50,16 +40,21 @@ def weights_and_gradient(
     DROPOUT: tl.constexpr,
 ):
     """Return the weights that multiply the values, the gradient of the scores, and that of query @ key.T / scale."""
-    b_s, b_tanh = scores(
-        b_s, o_row, o_key, p_mask, stride_mq, stride_mk, slope, scale, softcap, q_len, kv_len, left, right,
-        MASK, ALIBI, SOFTCAP, BORDER,
-    )  # fmt: skip
-    b_p = tl.exp2(b_s - b_lse)
+    log2e: tl.constexpr = 1.4426950408889634
+    if MASK == 0 and not ALIBI and not SOFTCAP:
+        factor = by.scale * log2e
+        b_tanh = b_s
+        if BORDER:
+            b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
+    else:
+        factor = log2e
+        b_s, b_tanh = scores(b_s, b_mask, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
+    b_p = tl.exp2(b_s * factor - b_lse)
     b_dropped = b_p
     if DROPOUT:
-        m_keep = kept(seed, o_place, o_row, o_key, q_len, kv_len, dropout)
-        b_dropped = tl.where(m_keep, b_p / (1.0 - dropout), 0.0)
-        b_dp = tl.where(m_keep, b_dp / (1.0 - dropout), 0.0)
+        m_keep = kept(by.seed, by.o_place, o_row, o_key, by.max_q, by.max_kv, by.dropout)
+        b_dropped = tl.where(m_keep, b_p / (1.0 - by.dropout), 0.0)
+        b_dp = tl.where(m_keep, b_dp / (1.0 - by.dropout), 0.0)
     b_ds = b_p * (b_dp - b_delta)
     b_draw = b_ds
     if SOFTCAP:
@@ -111,30 +106,14 @@ def _visit_queries(
     b_dv,  # (BLOCK_N, BLOCK_DV) float32
     b_k,
     b_v,
-    query,
-    grad_out,
+    queries,  # Rows
+    grads_out,  # Rows
     p_lse,
     p_delta,
-    entry,
-    head,
-    stride_qs,
-    stride_gs,
     start,
     stop,
     o_key,  # (BLOCK_N, 1)
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -146,28 +125,41 @@ def _visit_queries(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what queries start..stop give to the gradients of one block of keys; tiles are transposed (N, M)."""
     for first in range(start, stop, BLOCK_M):
         first = tl.multiple_of(first, BLOCK_M)
         o_m = first + tl.arange(0, BLOCK_M)
-        b_q = load_tile(query, entry, head, first, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
-        b_lse = tl.load(p_lse + o_m, mask=o_m < q_len, other=float("inf"))
+        b_q = load_tile(queries, first, BLOCK_M, BLOCK_D, D, True, TMA, VARLEN and BORDER)
+        b_lse = tl.load(p_lse + o_m, mask=o_m < by.q_len, other=float("inf"))
+        b_mask = mask_tile(o_m[None, :], o_key, by, MASK)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_do = load_tile(grad_out, entry, head, first, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, TMA)
+        b_do = load_tile(grads_out, first, BLOCK_M, BLOCK_DV, DV, True, TMA, VARLEN and BORDER)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_delta = tl.load(p_delta + o_m, mask=o_m < q_len, other=0.0)
+        b_delta = tl.load(p_delta + o_m, mask=o_m < by.q_len, other=0.0)
         b_p, _, b_draw = weights_and_gradient(
-            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_m[None, :], o_key, p_mask, stride_mq, stride_mk, slope,
-            seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT,
-        )  # fmt: skip
+            b_s,
+            b_dp,
+            b_lse[None, :],
+            b_delta[None, :],
+            b_mask,
+            o_m[None, :],
+            o_key,
+            by,
+            BORDER,
+            MASK,
+            ALIBI,
+            SOFTCAP,
+            DROPOUT,
+        )
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(b_draw.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed"])
+@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed", "q_total", "kv_total"])
 def dkdv_kernel(
     query,
     key,
@@ -206,6 +198,10 @@ def dkdv_kernel(
     kv_len,
     left,
     right,
+    cu_q,
+    cu_kv,
+    q_total,
+    kv_total,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -220,6 +216,7 @@ def dkdv_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (batch * kv_heads * blocks of keys). grad_key (B, K, Hkv, D) and grad_value (B, K, Hkv, Dv) are dense."""
@@ -229,34 +226,22 @@ def dkdv_kernel(
     entry = tl.program_id(0) // blocks // kv_heads
     kv_head = tl.program_id(0) // blocks % kv_heads
     o_entry = entry.to(tl.int64)
-    o_kv_head = kv_head.to(tl.int64)
+    max_q, max_kv = q_len, kv_len
+    batch, q_first, q_len, kv_first, kv_len = span(entry, cu_q, cu_kv, q_len, kv_len, q_total, kv_total, VARLEN)
+    if VARLEN:  # noqa: SIM102  compiled away without
+        if block * BLOCK_N >= kv_len:
+            return
     o_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    if TMA:
-        p_k, p_v = key, value
-    else:
-        p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
-        p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
-    b_k = load_tile(p_k, entry, kv_head, block * BLOCK_N, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, True, TMA)
-    b_v = load_tile(p_v, entry, kv_head, block * BLOCK_N, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, True, TMA)
+    keys = rows_of(key, batch, kv_first, kv_head, stride_kb, stride_ks, stride_kh, kv_len, TMA)
+    values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
+    b_k = load_tile(keys, block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, TMA, False)
+    b_v = load_tile(values, block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, TMA, False)
 
-    # queries are visited in [start, stop); of these, [inside_start, inside_stop) reach every key of the block.
-    # Rows beyond q_len weigh nothing (their LSE is +inf), and gradients of keys beyond kv_len are not stored.
-    offset = kv_len - q_len
-    first_row = block * BLOCK_N - offset  # the query on the diagonal of the first key
-    last_row = first_row + BLOCK_N - 1
-    start = 0
-    stop = q_len
-    inside_start = 0
-    inside_stop = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
-    if RIGHT:
-        start = tl.maximum(first_row - right, 0) // BLOCK_M * BLOCK_M
-        inside_start = tl.cdiv(tl.maximum(last_row - right, 0), BLOCK_M) * BLOCK_M
-    if LEFT:
-        stop = tl.minimum(tl.maximum(last_row + left + 1, 0), q_len)
-        inside_stop = tl.maximum(first_row + left + 1, 0) // BLOCK_M * BLOCK_M
-    inside_start = tl.minimum(inside_start, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
-    inside_stop = tl.maximum(tl.minimum(inside_stop, tl.cdiv(stop, BLOCK_M) * BLOCK_M), inside_start)
-
+    # rows beyond q_len weigh nothing (their LSE is +inf), and gradients of keys beyond kv_len are not stored
+    first_row = block * BLOCK_N - (kv_len - q_len)
+    start, inside_start, inside_stop, stop = query_range(
+        first_row, first_row + BLOCK_N - 1, q_len, left, right, BLOCK_M, LEFT, RIGHT, VARLEN and TMA
+    )
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     o_key = o_n[:, None]
@@ -266,37 +251,34 @@ def dkdv_kernel(
         o_place = o_entry * heads + o_head
         p_mask = mask + o_entry * stride_mb + o_head * stride_mh if MASK != 0 else mask
         slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
-        p_lse = lse2 + o_place * q_len
-        p_delta = delta + o_place * q_len
-        if TMA:
-            p_q, p_do = query, grad_out
-        else:
-            p_q = query + o_entry * stride_qb + o_head * stride_qh
-            p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
+        o_lse = o_head * q_total + q_first if VARLEN else o_place * q_len
+        p_lse = lse2 + o_lse
+        p_delta = delta + o_lse
+        by = Scoring(
+            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, max_q, max_kv,
+            left, right,
+        )  # fmt: skip
+        queries = rows_of(query, batch, q_first, head, stride_qb, stride_qs, stride_qh, q_len, TMA)
+        grads_out = rows_of(grad_out, batch, q_first, head, stride_gb, stride_gs, stride_gh, q_len, TMA)
         if RIGHT:
             b_dk, b_dv = _visit_queries(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, start,
-                inside_start, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
-                q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT,
-                TMA, PRECISION,
+                b_dk, b_dv, b_k, b_v, queries, grads_out, p_lse, p_delta, start, inside_start, o_key, by,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, VARLEN, PRECISION,
             )  # fmt: skip
         b_dk, b_dv = _visit_queries(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, inside_start,
-            inside_stop, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
-            q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, False, MASK, ALIBI, SOFTCAP, DROPOUT,
-            TMA, PRECISION,
+            b_dk, b_dv, b_k, b_v, queries, grads_out, p_lse, p_delta, inside_start, inside_stop, o_key, by,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, VARLEN, PRECISION,
         )  # fmt: skip
-        if LEFT:
+        if LEFT or (VARLEN and TMA):
             b_dk, b_dv = _visit_queries(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, entry, head, stride_qs, stride_gs, inside_stop,
-                stop, o_key, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout,
-                q_len, kv_len, left, right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT,
-                TMA, PRECISION,
+                b_dk, b_dv, b_k, b_v, queries, grads_out, p_lse, p_delta, inside_stop, stop, o_key, by,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, VARLEN, PRECISION,
             )  # fmt: skip
 
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    o_row = ((o_entry * kv_len + o_n) * kv_heads + kv_head)[:, None]
+    o_first = kv_first if VARLEN else o_entry * kv_len
+    o_row = ((o_first + o_n.to(tl.int64)) * kv_heads + kv_head)[:, None]
     m_row = (o_n < kv_len)[:, None]
     p_dk = grad_key + o_row * D + o_d[None, :]
     p_dv = grad_value + o_row * DV + o_dv[None, :]
@@ -311,28 +293,12 @@ def _visit_keys(
     b_do,
     b_lse,
     b_delta,
-    key,
-    value,
-    entry,
-    kv_head,
-    stride_ks,
-    stride_vs,
+    keys,  # Rows
+    values,  # Rows
     start,
     stop,
     o_row,  # (BLOCK_M, 1)
-    p_mask,
-    stride_mq,
-    stride_mk,
-    slope,
-    seed,
-    o_place,
-    scale,
-    softcap,
-    dropout,
-    q_len,
-    kv_len,
-    left,
-    right,
+    by,  # Scoring
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -344,25 +310,26 @@ def _visit_keys(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what keys start..stop give to the gradient of one block of queries."""
     for first in range(start, stop, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         o_key = (first + tl.arange(0, BLOCK_N))[None, :]
-        b_k = load_tile(key, entry, kv_head, first, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, BORDER, TMA)
+        b_k = load_tile(keys, first, BLOCK_N, BLOCK_D, D, BORDER, TMA, VARLEN and BORDER)
+        b_mask = mask_tile(o_row, o_key, by, MASK)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_v = load_tile(value, entry, kv_head, first, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, BORDER, TMA)
+        b_v = load_tile(values, first, BLOCK_N, BLOCK_DV, DV, BORDER, TMA, VARLEN and BORDER)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         _, _, b_draw = weights_and_gradient(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row, o_key, p_mask, stride_mq, stride_mk, slope,
-            seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT,
-        )  # fmt: skip
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_row, o_key, by, BORDER, MASK, ALIBI, SOFTCAP, DROPOUT
+        )
         b_dq = tl.dot(b_draw.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed"])
+@triton.jit(do_not_specialize=["heads", "q_len", "kv_len", "left", "right", "seed", "q_total", "kv_total"])
 def dq_kernel(
     query,
     key,
@@ -400,6 +367,10 @@ def dq_kernel(
     kv_len,
     left,
     right,
+    cu_q,
+    cu_kv,
+    q_total,
+    kv_total,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -414,6 +385,7 @@ def dq_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (batch * heads * blocks of queries). grad_query (B, Q, H, D) is dense. The visits are the forward's."""
@@ -428,66 +400,60 @@ def dq_kernel(
     o_place = place.to(tl.int64)
     o_entry = entry.to(tl.int64)
     o_head = head.to(tl.int64)
-    o_kv_head = kv_head.to(tl.int64)
+    max_q, max_kv = q_len, kv_len
+    batch, q_first, q_len, kv_first, kv_len = span(entry, cu_q, cu_kv, q_len, kv_len, q_total, kv_total, VARLEN)
+    if VARLEN:  # noqa: SIM102  compiled away without
+        if block * BLOCK_M >= q_len:
+            return
     o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < q_len
     p_mask = mask + o_entry * stride_mb + o_head * stride_mh if MASK != 0 else mask
     slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
-    if TMA:
-        p_q, p_k, p_v, p_do = query, key, value, grad_out
-    else:
-        p_q = query + o_entry * stride_qb + o_head * stride_qh
-        p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
-        p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
-        p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
-    b_q = load_tile(p_q, entry, head, block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, TMA)
-    b_do = load_tile(p_do, entry, head, block * BLOCK_M, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, TMA)
-    b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=m_m, other=float("inf"))
-    b_delta = tl.load(delta + o_place * q_len + o_m, mask=m_m, other=0.0)
+    by = Scoring(
+        p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, max_q, max_kv,
+        left, right,
+    )  # fmt: skip
+    queries = rows_of(query, batch, q_first, head, stride_qb, stride_qs, stride_qh, q_len, TMA)
+    grads_out = rows_of(grad_out, batch, q_first, head, stride_gb, stride_gs, stride_gh, q_len, TMA)
+    keys = rows_of(key, batch, kv_first, kv_head, stride_kb, stride_ks, stride_kh, kv_len, TMA)
+    values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
+    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False)
+    b_do = load_tile(grads_out, block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, TMA, False)
+    o_lse = o_head * q_total + q_first if VARLEN else o_place * q_len
+    b_lse = tl.load(lse2 + o_lse + o_m, mask=m_m, other=float("inf"))
+    b_delta = tl.load(delta + o_lse + o_m, mask=m_m, other=0.0)
 
-    offset = kv_len - q_len
-    first_diagonal = block * BLOCK_M + offset
-    last_diagonal = first_diagonal + BLOCK_M - 1
-    start = 0
-    stop = kv_len
-    inside_start = 0
-    inside_stop = kv_len
-    if LEFT:
-        start = tl.maximum(first_diagonal - left, 0) // BLOCK_N * BLOCK_N
-        inside_start = tl.cdiv(tl.maximum(last_diagonal - left, 0), BLOCK_N) * BLOCK_N
-    if RIGHT:
-        stop = tl.minimum(tl.maximum(last_diagonal + right + 1, 0), kv_len)
-        inside_stop = tl.minimum(tl.maximum(first_diagonal + right + 1, 0), kv_len)
-    inside_stop = inside_stop // BLOCK_N * BLOCK_N
-    inside_start = tl.minimum(inside_start, stop)
-    inside_stop = tl.maximum(inside_stop, inside_start)
-
+    first_diagonal = block * BLOCK_M + kv_len - q_len
+    start, inside_start, inside_stop, stop = key_range(
+        first_diagonal, first_diagonal + BLOCK_M - 1, kv_len, left, right, BLOCK_N, LEFT, RIGHT
+    )
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     o_row = o_m[:, None]
     if LEFT:
         b_dq = _visit_keys(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, start, inside_start,
-            o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
-            right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+            b_dq, b_q, b_do, b_lse, b_delta, keys, values, start, inside_start, o_row, by,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, VARLEN, PRECISION,
         )  # fmt: skip
     b_dq = _visit_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_start, inside_stop,
-        o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
-        right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, keys, values, inside_start, inside_stop, o_row, by,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, VARLEN, PRECISION,
     )  # fmt: skip
     b_dq = _visit_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, entry, kv_head, stride_ks, stride_vs, inside_stop, stop,
-        o_row, p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left,
-        right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, keys, values, inside_stop, stop, o_row, by,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, MASK, ALIBI, SOFTCAP, DROPOUT, TMA, VARLEN, PRECISION,
     )  # fmt: skip
     o_d = tl.arange(0, BLOCK_D)
-    p_dq = grad_query + ((o_entry * q_len + o_m) * heads + head)[:, None] * D + o_d[None, :]
+    o_first = q_first if VARLEN else o_entry * q_len
+    p_dq = grad_query + ((o_first + o_m.to(tl.int64)) * heads + head)[:, None] * D + o_d[None, :]
     tl.store(p_dq, (b_dq * scale).to(grad_query.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the backward kernels share: dense gradients, and LSE (in log2) and delta, both (B, H, Q) float32."""
+    """What the backward kernels share: the result's gradient (B, Q, H, Dv), and LSE (in log2) and delta, float32.
+
+    The last two are (B, H, Q), or (H, total_q) of a packed call, whose gradient is then a batch of one.
+    """
 
     call: Call
     grad_out: torch.Tensor
@@ -497,7 +463,7 @@ class Prepared:
 
 def prepare(call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor) -> Prepared:
     """Compute delta once for all kernels; `lse` is the forward's."""
-    out, grad_out = unit_stride(out), unit_stride(grad_out)
+    out, grad_out = (unit_stride(batched(tensor)) for tensor in (out, grad_out))
     batch, q_len, heads, v_head_dim = out.shape
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     rows, block = batch * heads * q_len, 64
@@ -522,21 +488,18 @@ def prepare(call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Te
 
 def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of key and value, in their shapes, dense."""
-    call = prepared.call
-    batch, kv_len, kv_heads, head_dim = call.key.shape
-    grad_key = call.key.new_empty(batch, kv_len, kv_heads, head_dim)
-    grad_value = call.value.new_empty(batch, kv_len, kv_heads, call.value.shape[-1])
-    grid = (triton.cdiv(kv_len, config["block_n"]) * batch * kv_heads,)
+    call, problem = prepared.call, prepared.call.problem
+    grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (call.key, call.value))
+    grid = (triton.cdiv(problem.kv_len, config["block_n"]) * problem.batch * problem.kv_heads,)
     _launch(dkdv_kernel, grid, prepared, (grad_key, grad_value), config)
     return grad_key, grad_value
 
 
 def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
     """Return the gradient of query, in its shape, dense."""
-    call = prepared.call
-    batch, q_len, heads, head_dim = call.query.shape
-    grad_query = call.query.new_empty(batch, q_len, heads, head_dim)
-    grid = (triton.cdiv(q_len, config["block_m"]) * batch * heads,)
+    call, problem = prepared.call, prepared.call.problem
+    grad_query = call.query.new_empty(call.query.shape)
+    grid = (triton.cdiv(problem.q_len, config["block_m"]) * problem.batch * problem.heads,)
     _launch(dq_kernel, grid, prepared, (grad_query,), config)
     return grad_query
 
@@ -550,7 +513,9 @@ def _launch(
 ) -> None:
     call, tma = prepared.call, bool(config["tma"])
     ready = describable if tma else unit_stride
-    query, key, value, grad_out = (ready(tensor) for tensor in (call.query, call.key, call.value, prepared.grad_out))
+    query, key, value, grad_out = (
+        ready(batched(tensor)) for tensor in (call.query, call.key, call.value, prepared.grad_out)
+    )
     tensors: tuple[object, ...] = (query, key, value, grad_out)
     if tma:
         rows = (config["block_m"], config["block_n"], config["block_n"], config["block_m"])
@@ -564,12 +529,10 @@ def _launch(
             prepared.lse2,
             prepared.delta,
             *outputs,
-            **dict(zip(("stride_qb", "stride_qs", "stride_qh"), query.stride(), strict=False)),
-            **dict(zip(("stride_kb", "stride_ks", "stride_kh"), key.stride(), strict=False)),
-            **dict(zip(("stride_vb", "stride_vs", "stride_vh"), value.stride(), strict=False)),
-            **dict(zip(("stride_gb", "stride_gs", "stride_gh"), grad_out.stride(), strict=False)),
+            **strides(q=query, k=key, v=value, g=grad_out),
             **given.dynamic,
             **given.static,
+            **packing(call),
             BLOCK_M=config["block_m"],
             BLOCK_N=config["block_n"],
             TMA=tma,

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from ..call import Call
 from .backward import Prepared, weights_and_gradient
-from .common import BIAS, features, unit_stride
-from .forward import load_tile
+from .common import ALIGNED_BIAS, BIAS, Scoring, features, mask_tile, strides, unit_stride
+from .forward import load_tile, rows_of
 
 BLOCK_M, BLOCK_N = 64, 64
 
@@ -92,14 +92,17 @@ def dbias_kernel(
         head = place % heads if ONE_B and ONE_H else place if ONE_H else mask_head
         o_entry = tl.cast(entry, tl.int64)
         o_head = tl.cast(head, tl.int64)
-        o_kv_head = o_head // GROUP
         o_place = o_entry * heads + o_head
         p_mask = mask + o_entry * stride_mb + o_head * stride_mh
         slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
-        p_q = query + o_entry * stride_qb + o_head * stride_qh
-        p_k = key + o_entry * stride_kb + o_kv_head * stride_kh
-        p_v = value + o_entry * stride_vb + o_kv_head * stride_vh
-        p_do = grad_out + o_entry * stride_gb + o_head * stride_gh
+        queries = rows_of(query, entry, 0, head, stride_qb, stride_qs, stride_qh, q_len, False)
+        keys = rows_of(key, entry, 0, head // GROUP, stride_kb, stride_ks, stride_kh, kv_len, False)
+        values = rows_of(value, entry, 0, head // GROUP, stride_vb, stride_vs, stride_vh, kv_len, False)
+        grads_out = rows_of(grad_out, entry, 0, head, stride_gb, stride_gs, stride_gh, q_len, False)
+        by = Scoring(
+            p_mask, stride_mq, stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, q_len, kv_len,
+            left, right,
+        )  # fmt: skip
         for q_block in range(0 if ONE_Q else q_tile, q_blocks if ONE_Q else q_tile + 1):
             o_m = q_block * BLOCK_M + tl.arange(0, BLOCK_M)
             first_diagonal = q_block * BLOCK_M + kv_len - q_len
@@ -109,19 +112,17 @@ def dbias_kernel(
                     k_block * BLOCK_N + BLOCK_N - 1 >= first_diagonal - left
                 )
                 if reached:
-                    b_q = load_tile(p_q, 0, 0, q_block * BLOCK_M, stride_qs, q_len, BLOCK_M, BLOCK_D, D, True, False)
-                    b_k = load_tile(p_k, 0, 0, k_block * BLOCK_N, stride_ks, kv_len, BLOCK_N, BLOCK_D, D, True, False)
+                    b_q = load_tile(queries, q_block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, False, False)
+                    b_k = load_tile(keys, k_block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, False, False)
+                    b_mask = mask_tile(o_m[:, None], o_n[None, :], by, MASK)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-                    b_do = load_tile(
-                        p_do, 0, 0, q_block * BLOCK_M, stride_gs, q_len, BLOCK_M, BLOCK_DV, DV, True, False
-                    )
-                    b_v = load_tile(p_v, 0, 0, k_block * BLOCK_N, stride_vs, kv_len, BLOCK_N, BLOCK_DV, DV, True, False)
+                    b_do = load_tile(grads_out, q_block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, False, False)
+                    b_v = load_tile(values, k_block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, False, False)
                     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
                     b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=o_m < q_len, other=float("inf"))
                     b_delta = tl.load(delta + o_place * q_len + o_m, mask=o_m < q_len, other=0.0)
                     _, b_ds, _ = weights_and_gradient(
-                        b_s, b_dp, b_lse[:, None], b_delta[:, None], o_m[:, None], o_n[None, :], p_mask, stride_mq,
-                        stride_mk, slope, seed, o_place, scale, softcap, dropout, q_len, kv_len, left, right, True,
+                        b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_m[:, None], o_n[None, :], by, True,
                         MASK, ALIBI, SOFTCAP, DROPOUT,
                     )  # fmt: skip
                     b_sum += b_ds
@@ -154,7 +155,7 @@ def launch_dbias(prepared: Prepared) -> torch.Tensor:
     grad_mask = torch.empty(shape, dtype=mask.dtype, device=mask.device)
     tiles = shape[0] * shape[1] * triton.cdiv(shape[2], BLOCK_M) * triton.cdiv(shape[3], BLOCK_N)
     given = features(call)
-    assert given.static["MASK"] == BIAS
+    assert given.static["MASK"] in (BIAS, ALIGNED_BIAS)
     with torch.cuda.device_of(query):
         dbias_kernel[(tiles,)](
             query,
@@ -164,10 +165,7 @@ def launch_dbias(prepared: Prepared) -> torch.Tensor:
             prepared.lse2,
             prepared.delta,
             grad_mask,
-            **dict(zip(("stride_qb", "stride_qs", "stride_qh"), query.stride(), strict=False)),
-            **dict(zip(("stride_kb", "stride_ks", "stride_kh"), key.stride(), strict=False)),
-            **dict(zip(("stride_vb", "stride_vs", "stride_vh"), value.stride(), strict=False)),
-            **dict(zip(("stride_gb", "stride_gs", "stride_gh"), grad_out.stride(), strict=False)),
+            **strides(q=query, k=key, v=value, g=grad_out),
             **given.dynamic,
             **given.static,
             batch=call.query.shape[0],

@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ..tiles import padded
 from .combine import combine_splits
+from .ranges import NO_LIMIT, key_range
 
-NO_LIMIT = 1 << 30
 LAZY_ROWS = 32  # up to so many rows, sums of weights are kept per column and added up once, at the end
 
 
@@ -203,17 +203,9 @@ def attention_decode(
     if PAGE > 0:
         p_table += o_entry * stride_table
 
-    # keys in reach of any query are [first_key, kv_len); of these, [inside_start, inside_stop) are in reach of all
     offset = kv_len - q_len
-    first_key = 0
-    start = 0
-    inside_start = 0
-    if LEFT:
-        first_key = tl.maximum(offset - left, 0)
-        start = first_key // BLOCK_N * BLOCK_N
-        inside_start = tl.cdiv(tl.maximum(kv_len - 1 - left, 0), BLOCK_N) * BLOCK_N
-    inside_stop = tl.minimum(tl.maximum(offset + right + 1, 0), kv_len) // BLOCK_N * BLOCK_N
-    inside_stop = tl.maximum(inside_stop, inside_start)
+    start, inside_start, inside_stop, _ = key_range(offset, kv_len - 1, kv_len, left, right, BLOCK_N, LEFT, True)
+    first_key = tl.maximum(offset - left, 0) if LEFT else 0
     # the whole tiles of this split; where there are fewer tiles than splits, some have none
     tiles = tl.cdiv(kv_len - start, BLOCK_N)
     stop = tl.minimum(start + (tiles * (split + 1)) // num_splits * BLOCK_N, kv_len)

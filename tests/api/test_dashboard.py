@@ -225,6 +225,13 @@ def test_figures_have_three_digits(value: float | None, shown: str) -> None:
     assert describe.figure(value) == shown
 
 
+def test_lengths_that_vary_show_no_tflops(client: TestClient, sqlite: Database) -> None:
+    put(sqlite, answer(PROBLEM))
+    assert f" {describe.NOTHING} " not in get(client).text
+    put(sqlite, answer(dataclasses.replace(PROBLEM, varlen=True)))
+    assert f" {describe.NOTHING} " in get(client).text
+
+
 def test_training_shows_no_tflops_and_both_candidates(client: TestClient, sqlite: Database) -> None:
     training = dataclasses.replace(PROBLEM, pass_=Pass.TRAINING)
     both = Candidate.of("triton", dkdv=Config.of("k", block=64), dq=Config.of("k", block=32))

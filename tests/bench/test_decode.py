@@ -1,7 +1,6 @@
 """The benchmark of decoding at tiny sizes: the kernel in Triton's interpreter, SDPA on the CPU, a clock that counts."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,32 +17,14 @@ from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Outcome
 from tilewise.kernels.backends.triton_decode import KERNEL, TritonDecode
 from tilewise.kernels.inputs import random_call
-from tilewise.tuner.steps import Step
 from tilewise.tuner.timing import CpuClock
+
+from .clock import CallClock
 
 CPU = torch.device("cpu")
 H200 = Device(kind=DeviceKind.CUDA, name="NVIDIA H200", arch="sm_90", units=132, memory_gib=141, shared_memory=232448)
 SDPA = Candidate("sdpa")
 TINY = Problem(batch=1, heads=4, kv_heads=2, q_len=1, kv_len=256, head_dim=16)
-
-
-class CallClock(CpuClock):
-    """Says that a step took as many milliseconds as the order of `costs` says, after really running it once."""
-
-    def __init__(self, costs: dict[str, float]) -> None:
-        super().__init__()
-        self._costs = costs
-        self.ran: list[str] = []
-
-    def interleave(self, steps: Sequence[Step], rounds: int) -> list[list[float]]:
-        return [[self._cost(step)] * rounds for step in steps]
-
-    def _cost(self, step: Step) -> float:
-        cells = [cell.cell_contents for cell in (getattr(step, "__closure__", None) or ())]
-        candidate = next(content for content in cells if isinstance(content, Candidate))
-        self.ran.append(str(candidate))
-        step()
-        return next((cost for part, cost in self._costs.items() if part in str(candidate)), 1.0)
 
 
 def two_tiles(_: Problem, space: SearchSpace) -> list[Config]:

@@ -90,7 +90,7 @@ def assert_right(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> Non
     allowed = TOLERANCE[call.query.dtype]
     assert out.dtype is call.query.dtype
     torch.testing.assert_close(out.double(), expected, rtol=allowed, atol=allowed)
-    wholly_masked = expected_lse.transpose(1, 2) == -torch.inf
+    wholly_masked = expected_lse.transpose(-1, -2) == -torch.inf
     assert bool((out[wholly_masked] == 0).all()), "rows with nothing to attend give 0"
     if lse is not None:
         assert lse.dtype is torch.float32

@@ -254,9 +254,11 @@ def test_the_tiled_kernels_default_lies_in_its_space(heads: int, kv_len: int) ->
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("field", ["varlen", "page_size"])
-def test_nothing_computes_what_no_call_can_hold(name: str, field: str) -> None:
-    problem = problem_of("full", dtype=Dtype.FP16, **{field: 16 if field == "page_size" else True})
+@pytest.mark.parametrize(
+    "changes", [{"page_size": 16}, {"page_size": 16, "varlen": True}, {"mask": "bool", "varlen": True}], ids=str
+)
+def test_nothing_computes_what_no_call_can_hold(name: str, changes: dict[str, Any]) -> None:
+    problem = problem_of("full", dtype=Dtype.FP16, **changes)
     assert all(BACKENDS[name].supports(problem, device) is not None for device in (this_cpu(), H200))
 
 

@@ -1,5 +1,6 @@
 """Lengths and pages: reference and torch's backends against one plain problem per row, and the inputs themselves."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -102,9 +103,13 @@ def test_torchs_backends_know_lengths_and_pages(name: str, cache: str, dtype: Dt
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
-    "changes", [{"q_len": 17}, {"mask": "bool"}, {"alibi": True}, {"pass_": Pass.TRAINING}], ids=str
+    ("cache", "changes"),
+    [
+        ("pages", {"q_len": 17}),  # without pages that would be packed sequences
+        *itertools.product(["lengths", "pages"], [{"mask": "bool"}, {"alibi": True}, {"pass_": Pass.TRAINING}]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("cache", ["lengths", "pages"])
 def test_what_nothing_computes_with_lengths_and_pages(name: str, changes: dict[str, Any], cache: str) -> None:
     problem = problem_of(cache, dtype=Dtype.FP16, **changes)
     assert all(BACKENDS[name].supports(problem, device) is not None for device in (this_cpu(), H200))
@@ -171,9 +176,9 @@ def test_the_same_seed_gives_the_same_cache() -> None:
     torch.testing.assert_close(first.key, second.key, rtol=0, atol=0, equal_nan=True)
 
 
-def test_no_inputs_for_packed_sequences() -> None:
+def test_no_inputs_for_pages_with_more_queries_than_decoding_has() -> None:
     with pytest.raises(UnsupportedError, match="q_len up to 16"):
-        random_call(problem_of("lengths", q_len=17), CPU, seed=0)
+        random_call(problem_of("pages", q_len=17), CPU, seed=0)
 
 
 # what is refused

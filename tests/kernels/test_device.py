@@ -156,7 +156,7 @@ def test_software_of_a_cpu() -> None:
     assert (found.triton, found.cuda, found.driver, found.cudnn) == (None, None, None, None)
     assert set(dict(found.kernels)) == {
         "cpu_tiled", "flash", "flash_cute", "flex", "plain", "sdpa",
-        "triton_backward", "triton_decode", "triton_forward",
+        "triton_backward", "triton_decode", "triton_forward", "triton_hopper",
     }  # fmt: skip
     assert Software.parse(found.key) == found
 
@@ -168,7 +168,7 @@ def test_software_of_a_cpu() -> None:
         ("sdpa", {"sdpa"}, {"torch"}),
         ("sdpa_math", {"sdpa"}, {"torch"}),
         ("plain", {"plain"}, {"torch"}),
-        ("triton", {"triton_backward", "triton_forward"}, set()),
+        ("triton", {"triton_backward", "triton_forward", "triton_hopper"}, set()),
         ("triton_decode", {"triton_decode"}, set()),
         ("flex", {"flex"}, {"torch"}),
         ("flex_cpu", {"flex"}, {"torch"}),
@@ -198,6 +198,9 @@ def test_every_backend_has_a_hash_of_its_source(backend: str) -> None:
         ("triton_kernels/common.py", "triton_forward"),
         ("triton_kernels/forward.py", "triton_forward"),
         ("triton_kernels/backward.py", "triton_backward"),
+        ("triton_kernels/hopper_common.py", "triton_hopper"),
+        ("triton_kernels/hopper_forward.py", "triton_hopper"),
+        ("triton_kernels/hopper_backward.py", "triton_hopper"),
         ("triton_kernels/bias.py", "triton_backward"),
         ("triton_kernels/decode.py", "triton_decode"),
         ("triton_kernels/combine.py", "triton_decode"),

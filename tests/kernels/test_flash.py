@@ -19,22 +19,35 @@ from tilewise.domain.device import Device
 from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels import device as devices
+from tilewise.kernels import reference
 from tilewise.kernels.backends import BACKENDS, flash, flash_cute
 from tilewise.kernels.backends.flash import Flash
 from tilewise.kernels.backends.flash_cute import KERNEL, FlashCute
-from tilewise.kernels.run import run
+from tilewise.kernels.inputs import random_call
+from tilewise.kernels.run import backward, forward, run
 from tilewise.layers.resolve import KERNEL_TYPES, resolve
 from tilewise.tuner.correctness import Checker
 
 from .cells import CELLS, CPU, TOLERANCE, assert_right, call_of, problem_of, this_cpu
 from .test_backends import H200
+from .test_packed import CELLS as PACKED
+from .test_packed import problem_of as packed_problem
 
 MATHS = '''
 import torch
 CALLS = []
 
-def attend(q, k, v, scale, causal, left, right, softcap, slopes=None):
-    """(out, lse) of BSHD tensors; left and right are None where unbounded."""
+def attend(q, k, v, scale, causal, left, right, softcap, slopes=None, lengths=None):
+    """(out, lse) of BSHD tensors, or of packed ones; left and right are None where unbounded."""
+    if lengths is not None:
+        cu_q, cu_k, *longest = lengths
+        assert [int(cu.diff().max()) <= most for cu, most in zip((cu_q, cu_k), longest)] == [True, True]
+        edges = [edge for cu in (cu_q, cu_k) for edge in (cu.tolist(), cu.tolist()[1:])]
+        parts = [
+            attend(q[None, a:b], k[None, c:d], v[None, c:d], scale, causal, left, right, softcap, slopes)
+            for a, b, c, d in zip(*edges)
+        ]
+        return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, 2).transpose(1, 2) for t in (k, v))
     scores = q.transpose(1, 2) @ k.transpose(-1, -2) * scale
@@ -58,24 +71,32 @@ CUTE = (
     MATHS
     + """
 def _flash_attn_fwd(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False, softcap=None,
-    window_size_left=None, window_size_right=None, learnable_sink=None, TUNING num_threads=384, _arch=None,
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
+    learnable_sink=None, TUNING num_threads=384, _arch=None,
     score_mod=None, mask_mod=None, return_lse=False, out=None, lse=None,
 ):
     given = dict(locals())
     CALLS.append(("fwd", given))
     assert return_lse
-    out, lse = attend(q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap)
+    lengths = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out, lse = attend(
+        q, k, v, softmax_scale, causal, window_size_left, window_size_right, softcap, lengths=lengths
+    )
     return out, lse, None, None, None
 
 def _flash_attn_bwd(
     q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-    window_size_right=None, m_block_size=64, n_block_size=128, deterministic=False, dq=None, dk=None, dv=None,
+    window_size_right=None, m_block_size=64, n_block_size=128, cu_seqlens_q=None, cu_seqlens_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
 ):
     CALLS.append(("bwd", dict(locals())))
+    lengths = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
-        again, _ = attend(*leaves, softmax_scale, causal, window_size_left, window_size_right, softcap)
+        again, _ = attend(
+            *leaves, softmax_scale, causal, window_size_left, window_size_right, softcap, lengths=lengths
+        )
     return torch.autograd.grad(again, leaves, dout)
 
 def flash_attn_func(
@@ -85,6 +106,15 @@ def flash_attn_func(
     CALLS.append(("own", dict(locals())))
     assert return_lse
     return attend(q, k, v, softmax_scale, causal, *window_size, softcap)
+
+def flash_attn_varlen_func(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+    causal=False, window_size=(None, None), softcap=0.0, deterministic=False, return_lse=False,
+):
+    CALLS.append(("packed", dict(locals())))
+    assert return_lse
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return attend(q, k, v, softmax_scale, causal, *window_size, softcap, lengths=lengths)
 """
 )
 TUNING = "tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None, num_splits=1, pack_gqa=None,"
@@ -98,6 +128,16 @@ def flash_attn_func(
     CALLS.append(("own", dict(locals())))
     left, right = (None if side == -1 else side for side in window_size)
     out, lse = attend(q, k, v, softmax_scale, causal, left, right, softcap, alibi_slopes)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf), None
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):
+    CALLS.append(("packed", dict(locals())))
+    left, right = (None if side == -1 else side for side in window_size)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    out, lse = attend(q, k, v, softmax_scale, causal, left, right, softcap, alibi_slopes, lengths)
     return out, lse.masked_fill(lse == -torch.inf, torch.inf), None
 """
 )
@@ -149,6 +189,7 @@ def cute(tuning: str = TUNING, *, without: str = "") -> dict[str, str]:
 
 
 OURS = [cell for cell, fields in CELLS.items() if not {"mask", "alibi"} & fields.keys()]
+OURS_PACKED = [cell for cell, fields in PACKED.items() if "alibi" not in fields]
 CHOSEN = Config.of(
     KERNEL, tile_m=192, tile_n=112, mma_pv_is_rs=False, intra_wg_overlap=True, pack_gqa=False, num_splits=1
 )
@@ -188,6 +229,42 @@ def test_gradients_behind_a_chosen_config(cell: str, install: Install) -> None:
     for gradient, expected in zip(*found, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=TOLERANCE[torch.float32], atol=TOLERANCE[torch.float32])
     assert [name for name, _ in calls] == ["fwd", "bwd"]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_its_own_backward_without_a_graph(chosen: bool, install: Install) -> None:
+    calls = install(cute(), calls_of="flash_attn.cute.interface")
+    call = call_of(problem_of("window", pass_=Pass.TRAINING))
+    out, lse, ran = forward(call, Candidate.of("flash_cute", forward=CHOSEN if chosen else None))
+    assert lse is not None
+    assert ran.saved
+    found = backward(call, ran, out, lse, torch.ones_like(out), (True, True, True, False))
+    for gradient, expected in zip(
+        (found.query, found.key, found.value), reference.gradients(call, torch.ones_like(out)), strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in calls] == ["fwd" if chosen else "own", "bwd"]
+
+
+def test_a_version_with_other_parameters_saves_nothing(install: Install) -> None:
+    install(cute("m_block_size=128, n_block_size=128,"), calls_of="flash_attn.cute.interface")
+    *_, ran = forward(call_of(problem_of("causal", pass_=Pass.TRAINING)), Candidate("flash_cute"))
+    assert not ran.saved
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("cell", OURS_PACKED)
+def test_cute_with_packed_sequences(cell: str, chosen: bool, install: Install) -> None:
+    calls = install(cute(), calls_of="flash_attn.cute.interface")
+    call = random_call(packed_problem(cell, pass_=Pass.TRAINING), CPU, seed=0, empty=True)
+    leaves = [tensor.detach().requires_grad_() for tensor in (call.query, call.key, call.value)]
+    candidate = Candidate.of("flash_cute", forward=CHOSEN if chosen else own(call.problem))
+    out, lse = run(call.with_tensors(*leaves), candidate)
+    assert_right(call, out.detach(), lse)
+    found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for gradient, expected in zip(found, reference.gradients(call, torch.ones_like(out)), strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=1e-4)
+    assert [name for name, _ in calls] == (["fwd", "bwd"] if chosen else ["packed"])
 
 
 def test_what_a_config_sets(install: Install) -> None:
@@ -280,6 +357,9 @@ def card(arch: str) -> Device:
         ("sm_100", {"head_dim": 160}, "needs head_dim of at most 128 on this device"),
         ("sm_90", {"mask": "bias"}, "no mask"),
         ("sm_90", {"alibi": True}, "no alibi"),
+        ("sm_90", {"varlen": True}, None),
+        ("sm_90", {"varlen": True, "mask": "bool"}, "no mask"),
+        ("sm_90", {"varlen": True, "q_len": 16}, "no varlen"),
     ],
 )
 def test_what_cute_supports(arch: str, changes: dict[str, Any], reason: str | None, install: Install) -> None:
@@ -342,6 +422,25 @@ def test_flash_2_is_asked_for_what_the_problem_is(cell: str, install: Install) -
     assert (len(calls), calls[0][1]["return_attn_probs"]) == (1, True)
 
 
+@pytest.mark.parametrize("cell", PACKED)
+def test_flash_2_with_packed_sequences(cell: str, install: Install) -> None:
+    calls = install(
+        {"flash_attn/__init__.py": "", "flash_attn/flash_attn_interface.py": FLASH_2},
+        calls_of="flash_attn.flash_attn_interface",
+    )
+    call = random_call(packed_problem(cell), CPU, seed=0, empty=True)
+    assert_right(call, *run(call, Candidate("flash")))
+    assert [name for name, _ in calls] == ["packed"]
+
+
+def test_flash_2_before_its_lse_was_packed(install: Install) -> None:
+    old = FLASH_2.replace("alibi_slopes, lengths)", "alibi_slopes, lengths)\n    lse = lse.expand(6, 2, -1)")
+    install({"flash_attn/__init__.py": "", "flash_attn/flash_attn_interface.py": old})
+    call = random_call(packed_problem("causal"), CPU, seed=0)
+    with pytest.raises(UnsupportedError, match=r"its LSE of packed sequences is \(6, 2, \d+\), .* 2\.6\.2 or newer"):
+        run(call, Candidate("flash"))
+
+
 def test_flash_2_that_is_too_old_or_broken(install: Install) -> None:
     old = "def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, return_attn_probs=False): ..."
     install({"flash_attn/__init__.py": "", "flash_attn/flash_attn_interface.py": old})
@@ -362,6 +461,8 @@ def test_flash_2_that_is_too_old_or_broken(install: Install) -> None:
         ("sm_90", {"dtype": Dtype.FP32}, "needs fp16 or bf16"),
         ("sm_90", {"v_head_dim": 128}, "needs one head_dim of at most 256"),
         ("sm_90", {"mask": "bool"}, "no mask"),
+        ("sm_90", {"varlen": True}, None),
+        ("sm_90", {"varlen": True, "q_len": 16}, "no varlen"),
     ],
 )
 def test_what_flash_2_supports(arch: str, changes: dict[str, Any], reason: str | None, install: Install) -> None:
@@ -409,6 +510,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": True, "causal": True},
     "head_dim 56": {"causal": True, "head_dim": 56},
     "192 and 128": {"causal": True, "head_dim": 192, "v_head_dim": 128, "kv_heads": 4},
+    "packed": {"varlen": True},
+    "packed, causal": {"varlen": True, "causal": True},
+    "packed, window": {"varlen": True, "window": (70, 30), "kv_len": 300},
 }
 
 

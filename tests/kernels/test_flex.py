@@ -28,6 +28,8 @@ from tilewise.tuner.trying import classify
 
 from .cells import CELLS, CPU, PLAIN_FILE, assert_right, call_of, problem_of, this_cpu
 from .test_backends import H200
+from .test_packed import CELLS as PACKED
+from .test_packed import problem_of as packed_problem
 
 OWN = Config.of(KERNEL, block_m=0, block_n=0, num_warps=0, num_stages=0, tma=False)
 
@@ -106,6 +108,18 @@ def test_right_in_every_cell(cell: str, graphs: list[torch.fx.GraphModule]) -> N
     assert_right(call, out, lse)
     assert lse is None
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("cell", PACKED)
+def test_packed_sequences_in_every_cell(cell: str, graphs: list[torch.fx.GraphModule]) -> None:
+    call = random_call(packed_problem(cell), CPU, seed=0, empty=True)
+    refused_here(call.problem)
+    with torch.no_grad():
+        out, lse = Flex().forward(call, OWN)
+    assert lse is not None
+    assert_right(call, out, lse)
+    assert_right(call, *run(call, Candidate("flex_cpu")))
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("cell", ["causal, more queries", "alibi, more queries", "bool", "gqa"])
@@ -337,11 +351,12 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "192 and 128": {"causal": True, "head_dim": 192, "v_head_dim": 128},
     "float32": {"dtype": Dtype.FP32, "causal": True},
     "bhsd": {"layout": Layout.BHSD, "causal": True, "dtype": Dtype.BF16},
+    "packed": {"varlen": True, "causal": True},
 }
 
 
 # each is compiled for three cases, and these in both directions
-TRAINED = ("more queries", "window", "bool", "everything", "192 and 128")
+TRAINED = ("more queries", "window", "bool", "everything", "192 and 128", "packed")
 
 
 @pytest.mark.gpu

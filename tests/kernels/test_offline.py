@@ -3,6 +3,7 @@
 Everything is compiled once, in processes of their own in which Triton does not interpret.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from tilewise.domain.config import Config
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import offline
+from tilewise.kernels.backends import hopper_spaces
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
@@ -32,19 +34,19 @@ DEFAULTS = (
 )
 
 
-def corner(problem: Problem, role: str, arch: str) -> Job:
+def corner(problem: Problem, kernel: str, arch: str) -> Job:
     """Return the config of the largest predicted shared memory, of eight warps: fewer spill, and compile for long."""
-    space = spaces(problem, DEVICES[arch])[role]
+    space = spaces(problem, DEVICES[arch])[kernel]
     assert space is not None
     wide = [config for config in space if config["num_warps"] == 8]
-    config = max(wide, key=lambda config: predicted(problem, role, DEVICES[arch], config))
-    return Job(problem=problem, role=role, arch=arch, config=config, why="corner")
+    config = max(wide, key=lambda config: predicted(problem, kernel, DEVICES[arch], config))
+    return Job(problem=problem, kernel=kernel, arch=arch, config=config, why="corner")
 
 
 def wanted() -> list[Job]:
     defaults = [job for job in jobs(DEFAULTS, ARCHS, limit=0) if job.why == "default"]
-    combined = {job.arch: job for job in jobs([DECODE], ARCHS, limit=0) if job.role == "combine"}
-    tight = [corner(BASE, role, arch) for arch in ARCHS for role in ("forward", "dkdv", "dq")]
+    combined = {job.arch: job for job in jobs([DECODE], ARCHS, limit=0) if job.kernel == "combine"}
+    tight = [corner(BASE, kernel, arch) for arch in ARCHS for kernel in ("forward", "dkdv", "dq")]
     return [*defaults, *combined.values(), *winning(ARCHS), *tight]
 
 
@@ -56,9 +58,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 
 def test_defaults_corners_and_winners_compile_and_fit(rows: list[Row]) -> None:
-    assert {(row.job.role, row.job.arch) for row in rows} == {
-        (role, arch) for role in offline.KERNELS for arch in ARCHS
-    }
+    compiled = {(row.job.kernel, row.job.arch) for row in rows}
+    on_both = [kernel for kernel in offline.KERNELS if not kernel.startswith("hopper")]
+    assert compiled == set(itertools.product(on_both, ARCHS)) | {(kernel, "sm_90") for kernel in hopper_spaces.KERNELS}
     assert {config for _, _, config in winners(RESULTS)} <= {row.job.config for row in rows}
     for row in rows:
         assert row.outcome is Outcome.OK, f"{row.job}: {row.message}"
@@ -69,9 +71,9 @@ def test_defaults_corners_and_winners_compile_and_fit(rows: list[Row]) -> None:
 def test_shared_memory_is_what_the_space_counts_with(rows: list[Row]) -> None:
     exact = 0
     for row in rows:
-        if row.job.config is None or row.job.role == "combine":
+        if row.job.config is None or row.job.kernel == "combine":
             continue
-        counted = predicted(row.job.problem, row.job.role, DEVICES[row.job.arch], row.job.config)
+        counted = predicted(row.job.problem, row.job.kernel, DEVICES[row.job.arch], row.job.config)
         assert row.shared_memory <= counted, f"{row.job}: {counted} counted, {row.shared_memory} used"
         assert counted <= 1.6 * row.shared_memory, f"{row.job}: {counted} counted, {row.shared_memory} used"
         exact += counted == row.shared_memory
@@ -83,7 +85,7 @@ def test_shared_memory_is_what_the_space_counts_with(rows: list[Row]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    role: str
+    kernel: str
     problem: Problem
     config: Config | None
     capability: int = 80
@@ -105,7 +107,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    given = [(case.role, case.problem.key, case.config, case.capability, case.available) for case in CASES.values()]
+    given = [(case.kernel, case.problem.key, case.config, case.capability, case.available) for case in CASES.values()]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py"))],
         input=codec.canonical(given).decode(),

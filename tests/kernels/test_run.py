@@ -4,14 +4,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.errors import ConfigError
-from tilewise.domain.problem import Pass
+from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels import reference
+from tilewise.kernels.backend import Gradients
+from tilewise.kernels.backends import BACKENDS
 from tilewise.kernels.call import Call
-from tilewise.kernels.run import run
+from tilewise.kernels.inputs import random_call
+from tilewise.kernels.run import Ran, backward, forward, run
 
 from .cells import call_of, problem_of
 
@@ -148,6 +152,98 @@ def test_an_input_changed_before_backward_is_noticed() -> None:
     leaves[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_kernels_get_the_values_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the imaginary part of a conjugate as a view of what it is the negative of; kernels read memory."""
+    call = training_call("causal")
+    query, key, value, grad_out = (
+        torch.complex(tensor, -tensor).conj().imag for tensor in (call.query, call.key, call.value, grad_of(call))
+    )
+    assert all(tensor.is_neg() for tensor in (query, key, value, grad_out))
+    backend, seen = BACKENDS["cpu_tiled"], []
+    computed = backend.forward
+
+    def watched(call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        seen.extend([call.query, call.key, call.value])
+        return computed(call, config)
+
+    def gradients(call: Call, out: object, lse: object, grad_out: torch.Tensor, candidate: object) -> Gradients:  # noqa: ARG001
+        seen.append(grad_out)
+        return Gradients(call.query, call.key, call.value)
+
+    monkeypatch.setattr(type(backend), "has_backward", True)
+    monkeypatch.setattr(backend, "forward", watched)
+    monkeypatch.setattr(backend, "backward", gradients)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out, _ = run(call.with_tensors(*leaves), TILED)
+    torch.autograd.grad(out, leaves, grad_out)
+    assert not any(tensor.is_neg() for tensor in seen)
+    for tensor, expected in zip(seen, (call.query, call.key, call.value, grad_of(call)), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+# without a graph
+
+FUSED = ("causal", "full", "gqa")
+
+
+@pytest.mark.parametrize("needs", [(True, True, True, False), (False, True, False, False)])
+@pytest.mark.parametrize("name", ["sdpa", "sdpa_flash", "sdpa_math", "plain", "cpu_tiled"])
+@pytest.mark.parametrize("cell", [*FUSED, "causal, more queries", "window"])
+def test_forward_and_backward_without_a_graph(cell: str, name: str, needs: tuple[bool, ...]) -> None:
+    call = training_call(cell)
+    grad_out = grad_of(call)
+    out, lse, ran = forward(call, Candidate(name))
+    assert not out.requires_grad
+    assert ran.saved == (name in ("sdpa", "sdpa_flash") and cell in FUSED)
+    expected, expected_lse = reference.attention(call)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    if ran.saved:
+        assert lse is not None
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-5)
+    found = backward(call, ran, out, out if lse is None else lse, grad_out, needs)
+    gradients = (found.query, found.key, found.value)
+    for need, gradient, wanted in zip(needs, gradients, reference.gradients(call, grad_out), strict=False):
+        if need:
+            torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_only_chooses_says_what_it_chose() -> None:
+    *_, ran = forward(training_call("causal"), Candidate("sdpa"))
+    assert ran == Ran(Candidate("sdpa_flash"), saved=True)
+    *_, ran = forward(training_call("window"), Candidate("sdpa"))
+    assert ran == Ran(Candidate("sdpa"), saved=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        *_, ran = forward(training_call("causal"), Candidate("sdpa"))
+    assert ran == Ran(Candidate("sdpa_math"), saved=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"])
+@pytest.mark.parametrize("sizes", [{"head_dim": 64}, {"head_dim": 56, "q_len": 333}, {"head_dim": 128, "batch": 1}])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sdpas_fused_kernels_without_a_graph(causal: bool, sizes: dict[str, int], name: str) -> None:
+    given: dict[str, Any] = {
+        "batch": 2,
+        "q_len": 500,
+        "heads": 8,
+        "kv_heads": 8 if name == "sdpa_efficient" else 2,
+        **sizes,
+    }
+    problem = Problem(pass_=Pass.TRAINING, dtype=Dtype.FP16, causal=causal, **given)
+    call = random_call(problem, torch.device("cuda"), seed=0)
+    out, lse, ran = forward(call, Candidate(name))
+    assert ran.saved
+    assert lse is not None
+    expected, expected_lse = reference.attention(call)
+    torch.testing.assert_close(out.double(), expected, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
+    grad_out = torch.randn_like(out)
+    found = backward(call, ran, out, lse, grad_out, (True, True, True, False))
+    gradients = (found.query, found.key, found.value)
+    for gradient, wanted in zip(gradients, reference.gradients(call, grad_out), strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_an_unknown_backend() -> None:

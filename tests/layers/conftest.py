@@ -66,3 +66,11 @@ def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query (2, 24, 4, 16), key and value (2, 24, 2, 16), standard normal."""
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(2, 24, heads, 16, generator=generator) for heads in (4, 2, 2))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, and nothing left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -13,6 +13,7 @@ from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels.backends import supporting
 from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
+from tilewise.kernels.inputs import random_call
 from tilewise.tuner.correctness import HOPELESS, Checker, poisoned_empty
 
 from .fakes import CPU, register, right
@@ -220,6 +221,44 @@ def test_accepts_every_backend_of_a_cpu(problem: Problem, dtype: Dtype, pass_: P
         assert error.worst <= 1, f"{backend.name}: {error}"
 
 
+PACKED = replace(CAUSAL, varlen=True, batch=3, q_len=40)
+
+
+@pytest.mark.parametrize("pass_", list(Pass))
+@pytest.mark.parametrize("problem", [PACKED, replace(PACKED, causal=False, window=(5, 3), alibi=True, kv_len=60)])
+def test_accepts_packed_sequences(problem: Problem, pass_: Pass) -> None:
+    problem = replace(problem, pass_=pass_)
+    checker = Checker(problem, CPU, seed=0)
+    named = [backend.name for backend in supporting(problem, describe(CPU)) if not backend.compile_seconds]
+    assert {"sdpa", "sdpa_math", "plain"} <= set(named)
+    for name in named:
+        error = checker.check(Candidate(name))
+        assert error.worst <= 1, f"{name}: {error}"
+
+
+def another_sequences_keys(call: Call) -> Result:
+    assert call.cu_seqlens is not None
+    cu_q, cu_kv = call.cu_seqlens
+    return right(replace(call, cu_seqlens=(cu_q, (cu_kv + 1).clamp_max(int(cu_kv[-1])))))
+
+
+def one_diagonal_for_all(call: Call) -> Result:
+    assert call.cu_seqlens is not None
+    cu_q, _ = call.cu_seqlens
+    return right(replace(call, cu_seqlens=(cu_q, cu_q.clamp_max(call.key.shape[0]))))
+
+
+def unwritten_empty_sequences(call: Call) -> Result:
+    out, lse = right(call)
+    return torch.where((lse == -torch.inf).T[..., None], out.new_empty(out.shape), out), lse
+
+
+@pytest.mark.parametrize("planted", [another_sequences_keys, one_diagonal_for_all, unwritten_empty_sequences])
+def test_catches_in_packed_sequences(planted: Callable[[Call], Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, planted)
+    assert worst(replace(PACKED, causal=False, kv_len=30)) > 1
+
+
 def test_accepts_a_backend_without_an_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, lambda call: (right(call)[0], None))
     assert worst(CAUSAL) <= 1
@@ -246,18 +285,75 @@ def test_the_cases() -> None:
     }
 
 
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_some_case_has_sequences_without_queries_or_keys(batch: int) -> None:
+    first, *small = Checker(replace(PACKED, batch=batch), CPU, seed=0).cases
+    assert first.call.cu_seqlens is not None
+    assert all(bool((cu.diff() >= 10).all()) for cu in first.call.cu_seqlens), "what is timed has none"
+    for case in small:
+        assert case.call.cu_seqlens is not None
+        lengths = {
+            tuple(bool(length) for length in pair)
+            for pair in zip(*(cu.diff() for cu in case.call.cu_seqlens), strict=True)
+        }
+        assert lengths == {(True, True), (False, True), (True, False), (False, False)}
+    assert small
+
+
 @pytest.mark.parametrize("problem", [CAUSAL, replace(CAUSAL, window=(4, 0)), replace(CAUSAL, q_len=16, kv_len=200)])
 def test_some_case_has_wholly_masked_rows(problem: Problem) -> None:
     cases = Checker(problem, CPU, seed=0).cases
     assert any(bool((case.bounds["lse"].reference == -torch.inf).any()) for case in cases)
 
 
-def test_bool_masks_hide_whole_rows_and_first_tiles() -> None:
-    mask = Checker(replace(CAUSAL, causal=False, mask="bool"), CPU, seed=0).main.call.mask
+@pytest.mark.parametrize("mask", ["bool", "bool.b1h1", "bias", "bias.b1h1"])
+def test_masks_hide_whole_rows_and_first_tiles(mask: str) -> None:
+    """In every case; the first tile of 128 keys, where there are so many, for a whole tile of queries too."""
+    problem = replace(CAUSAL, causal=False, mask=mask, batch=1, heads=2, kv_heads=2, q_len=300, kv_len=300)
+    cases = Checker(problem, CPU, seed=0).cases
+    assert [case.call.problem.kv_len for case in cases] == [300, 173, 173]
+    for case in cases:
+        assert case.call.mask is not None
+        attends = case.call.mask if case.call.mask_is_bool else case.call.mask > -torch.inf
+        empty, first = (~attends).all(-1), (~attends[..., :128]).all(-1)
+        assert bool(empty[:, :, 7::8].all())
+        assert not bool(empty.all())
+        block = slice(case.call.problem.q_len // 2, case.call.problem.q_len * 3 // 4)
+        assert bool(first[:, :, block].all())
+        assert bool((first & ~empty)[:, :, block].any())
+        assert bool((first & ~empty)[:, :, 3].all())
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_a_mask_of_the_keys_hides_first_tiles_and_a_whole_entry(kind: str) -> None:
+    problem = replace(CAUSAL, causal=False, mask=f"{kind}.h1q1", kv_len=300)
+    mask = random_call(problem, CPU, seed=0).mask
     assert mask is not None
-    assert bool((~mask).all(-1).any())
-    first_half, second_half = mask.chunk(2, dim=-1)
-    assert bool(((~first_half).all(-1) & second_half.any(-1)).any())
+    attends = mask if kind == "bool" else mask > -torch.inf
+    assert not bool(attends[0, ..., :150].any())
+    assert bool(attends[0, ..., 150:].any())
+    assert not bool(attends[1].any())
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_a_mask_of_one_element_attends(kind: str) -> None:
+    mask = random_call(replace(CAUSAL, mask=f"{kind}.b1h1q1k1"), CPU, seed=0).mask
+    assert mask is not None
+    assert bool((mask if kind == "bool" else mask.isfinite()).all())
+
+
+@pytest.mark.parametrize("mask", ["bool", "bias.b1h1", "bias.h1q1"])
+def test_what_nothing_attends_has_no_gradient(mask: str) -> None:
+    problem = replace(CAUSAL, pass_=Pass.TRAINING, mask=mask, bias_grad=mask.startswith("bias"))
+    for case in Checker(problem, CPU, seed=0).cases:
+        expected = {name: bound.reference for name, bound in case.bounds.items()}
+        assert all(bool(expected[name].isfinite().all()) for name in expected if name != "lse")
+        empty = (expected["lse"] == -torch.inf).transpose(1, 2)
+        assert bool(empty.any())
+        assert bool((expected["d_query"][empty] == 0).all())
+        if problem.bias_grad:
+            assert case.call.mask is not None
+            assert bool((expected["d_mask"][case.call.mask == -torch.inf] == 0).all())
 
 
 def test_a_case_that_a_backend_does_not_support_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,16 @@ def test_a_tuning_keeps_what_it_found(database: Database) -> None:
     assert last.best is not None
 
 
+def test_packed_sequences_can_be_tuned(database: Database) -> None:
+    problem = Problem.parse("inference.fp32.b3.h2.kv2.q64.k64.d16.causal.window16.varlen")
+    verdict = tuned(database, problem)
+    assert verdict.answer == standing(database, problem)
+    kept = trials(database, problem)
+    right = {trial.candidate.backend for trial in kept if trial.outcome is Outcome.OK}
+    assert right == {"sdpa", "sdpa_math", "cpu_tiled", "plain"}
+    assert all(trial.outcome in (Outcome.OK, *NOT_TRIED) for trial in kept)
+
+
 def test_a_verdict_refreshes_the_snapshot_beside_the_database(database: Database) -> None:
     verdict = tuned(database)
     assert database.file is not None

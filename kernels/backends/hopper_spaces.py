@@ -1,0 +1,130 @@
+"""The search spaces of the warp-specialised kernels for sm_90 (triton_kernels.hopper_common)."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tilewise.domain.config import Config, Value
+from tilewise.domain.device import Device
+from tilewise.domain.problem import Dtype, Problem
+from tilewise.domain.space import Constraint, Parameter, SearchSpace
+
+from ..backend import unsupported_feature
+from ..tiles import padded
+
+FORWARD, DKDV, DQ = KERNELS = ("hopper_forward", "hopper_dkdv", "hopper_dq")
+ROWS = 64  # of a consumer
+# Registers of a consumer's thread, by warps of all consumers, less what addresses and barriers need.
+_REGISTERS = {4: 232 - 16, 8: 240 - 16, 12: 160 - 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What decides which tiles fit: padded head dims, and the shared memory of a block in bytes."""
+
+    head_dim: int
+    v_head_dim: int
+    shared_memory: int
+
+    @property
+    def sum(self) -> int:
+        return self.head_dim + self.v_head_dim
+
+
+def space(role: str, problem: Problem, device: Device) -> SearchSpace | None:
+    """Return the space of a role (forward, dkdv, dq), or None where its kernel cannot compute `problem` on `device`.
+
+    The kernels know causality, windows, GQA and any lengths, in half precision, but no mask, bias or dropout.
+    """
+    features = ("mask", "alibi", "softcap", "dropout", "varlen", "page_size")
+    if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, *features):
+        return None
+    return _space(role, Widths(padded(problem.head_dim), padded(problem.v_head_dim), device.shared_memory))
+
+
+def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int:
+    """Return the shared memory of a block in bytes: rings of half-precision tiles, and room to rearrange results."""
+    consumers, stages = int(values["num_warps"]) // 4, int(values["num_stages"])
+    if role == "forward":
+        kept, block = int(values["q_stages"]) * consumers * ROWS * widths.head_dim, int(values["block_n"])
+        results, extra = widths.v_head_dim, 0
+    elif role == "dkdv":
+        kept, block = consumers * ROWS * widths.sum, int(values["block_m"])
+        results, extra = max(widths.head_dim, widths.v_head_dim), stages * block * 8  # LSE and delta
+    else:
+        kept, block = consumers * ROWS * widths.sum, int(values["block_n"])
+        results, extra = widths.head_dim, 0
+    rearranging = consumers * max(8192, ROWS * results)
+    return 2 * (kept + stages * block * widths.sum) + extra + rearranging + 512
+
+
+def registers(role: str, widths: Widths, values: Mapping[str, Value]) -> int:
+    """Return the 32-bit registers of a consumer's thread for accumulators, scores and weights."""
+    if role == "forward":
+        return widths.v_head_dim // 2 + int(values["block_n"]) * 3 // 4
+    if role == "dkdv":
+        return widths.sum // 2 + int(values["block_m"]) * 5 // 4
+    return widths.head_dim // 2 + int(values["block_n"]) * 5 // 4
+
+
+# What was best at the benchmark's shapes on an H200 (docs/notes/triton.md); the first that fits is the default.
+_DEFAULTS: dict[str, tuple[dict[str, Value], ...]] = {
+    "forward": (
+        {"block_n": 128, "num_warps": 8, "num_stages": 2, "q_stages": 1, "pingpong": False},
+        {"block_n": 64, "num_warps": 8, "num_stages": 2, "q_stages": 1, "pingpong": False},
+        {"block_n": 32, "num_warps": 8, "num_stages": 1, "q_stages": 1, "pingpong": False},
+    ),
+    "dkdv": (
+        {"block_m": 128, "num_warps": 8, "num_stages": 2},
+        {"block_m": 64, "num_warps": 4, "num_stages": 2},
+        {"block_m": 32, "num_warps": 8, "num_stages": 1},
+    ),
+    "dq": (
+        {"block_n": 128, "num_warps": 8, "num_stages": 3},
+        {"block_n": 64, "num_warps": 8, "num_stages": 3},
+        {"block_n": 64, "num_warps": 8, "num_stages": 1},
+        {"block_n": 32, "num_warps": 8, "num_stages": 1},
+    ),
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _space(role: str, widths: Widths) -> SearchSpace | None:
+    def fits(values: Mapping[str, Value]) -> bool:
+        return shared_memory(role, widths, values) <= widths.shared_memory
+
+    def fits_registers(values: Mapping[str, Value]) -> bool:
+        return registers(role, widths, values) <= _REGISTERS[int(values["num_warps"])]
+
+    def assembles(values: Mapping[str, Value]) -> bool:
+        # a program of one consumer starts with 128 registers a thread, which ptxas finds too few for such a product
+        return int(values["num_warps"]) > 4 or results <= 128
+
+    results = {"forward": widths.v_head_dim, "dkdv": max(widths.head_dim, widths.v_head_dim), "dq": widths.head_dim}[
+        role
+    ]
+    constraints = [
+        Constraint("its rings exceed the shared memory of a block", fits),
+        Constraint("accumulators and scores exceed the registers of a consumer", fits_registers),
+        Constraint("one consumer has too few registers for 256 columns", assembles),
+    ]
+    parameters = [
+        Parameter("block_m" if role == "dkdv" else "block_n", (32, 64, 128)),
+        Parameter("num_warps", (4, 8, 12)),
+        Parameter("num_stages", (1, 2, 3, 4)),
+        Parameter("persistent", (False, True), ordered=False),
+        Parameter("swizzle", (0, 16, 64), ordered=False),
+    ]
+    if role == "forward":
+        parameters += [Parameter("q_stages", (1, 2)), Parameter("pingpong", (False, True), ordered=False)]
+        constraints += [
+            Constraint("only two consumers take turns", lambda v: not v["pingpong"] or v["num_warps"] == 8),
+            Constraint("only a persistent program loads ahead", lambda v: v["q_stages"] == 1 or bool(v["persistent"])),
+        ]
+    kernel = KERNELS[("forward", "dkdv", "dq").index(role)]
+    for values in _DEFAULTS[role]:
+        # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
+        default = {**values, "persistent": role != "dkdv", "swizzle": 0}
+        if all(rule.holds(default) for rule in constraints):
+            return SearchSpace(kernel, tuple(parameters), Config.of(kernel, **default), tuple(constraints))
+    return None

@@ -1,0 +1,552 @@
+"""Attention backward for sm_90, warp-specialised (see hopper_common): one kernel for dK and dV, one for dQ.
+
+As in backward.py weights are recomputed from the LSE, nothing is added atomically, and the gradients are the same bits
+every time. dkdv works on transposed tiles, keys by queries, so that weights and gradients of scores go from registers
+into the next product.
+"""
+
+import torch
+import triton
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tilewise.domain.config import Config
+
+from .backward import Prepared
+from .forward import describable
+from .hopper_common import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    Extent,
+    Work,
+    assigned,
+    await_full,
+    descriptor,
+    extent,
+    fill,
+    fill_both,
+    grid,
+    key_tiles,
+    mask_keys,
+    options,
+    release,
+    ring,
+    slots,
+    warp_options,
+    write,
+)
+from .ranges import query_range
+
+
+@gluon.jit
+def _query_tiles(block, extent, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OPTIONS: gl.constexpr):
+    """Return (low, inside_low, inside_high, high): the tiles of queries that reach a block of keys, maybe none."""
+    first_row = block * BLOCK_N - (extent.kv_len - extent.q_len)
+    start, inside_start, inside_stop, stop = query_range(
+        first_row, first_row + BLOCK_N - 1, extent.q_len, extent.left, extent.right, BLOCK_M, OPTIONS.left,
+        OPTIONS.right, False,
+    )  # fmt: skip
+    high = (stop + BLOCK_M - 1) // BLOCK_M
+    low = gl.minimum(start // BLOCK_M, high)
+    inside_low = gl.minimum(gl.maximum((inside_start + BLOCK_M - 1) // BLOCK_M, low), high)
+    inside_high = gl.maximum(gl.minimum(inside_stop // BLOCK_M, high), inside_low)
+    return low, inside_low, inside_high, high
+
+
+@gluon.jit
+def _produce_queries(
+    sources,  # descriptors of query, key, value, grad_out, lse2 and delta
+    tiles,  # in shared memory, as are LSE and delta
+    work,
+    extent,
+    OPTIONS: gl.constexpr,
+):
+    query, key, value, grad_out, lse2, delta = sources
+    keys, values, queries, gradients, lses, deltas = tiles
+    CONSUMERS: gl.constexpr = OPTIONS.consumers
+    ROWS: gl.constexpr = key.block_type.shape[2]
+    BLOCK_M: gl.constexpr = query.block_type.shape[2]
+    STAGES: gl.constexpr = OPTIONS.stages
+    kv_count = 0
+    count = 0
+    for tile in range(gl.program_id(0), work.blocks * work.places, gl.num_programs(0)):
+        block, place = assigned(tile, work, OPTIONS.swizzle, False)
+        low, _, _, high = _query_tiles(block, extent, BLOCK_M, CONSUMERS * ROWS, OPTIONS)
+        entry = place // work.heads
+        kv_head = place % work.heads
+        for me in gl.static_range(CONSUMERS):
+            where = [entry, kv_head, (block * CONSUMERS + me) * ROWS, 0]
+            fill_both(keys, kv_count, key, where, values, value, where, CONSUMERS)
+            kv_count += 1
+        for member in range(OPTIONS.group):
+            head = kv_head * OPTIONS.group + member
+            row = place * OPTIONS.group + member
+            for i in range(low, high):
+                first = i * BLOCK_M
+                where = [entry, head, first, 0]
+                fill_both(queries, count, query, where, lses, lse2, [row, first], STAGES)
+                fill_both(gradients, count, grad_out, where, deltas, delta, [row, first], STAGES)
+                count += 1
+
+
+@gluon.jit
+def _visit_queries(
+    b_dk,  # (ROWS, BLOCK_D) float32
+    b_dv,  # (ROWS, BLOCK_DV) float32
+    count,
+    low,
+    high,
+    b_k,  # in shared memory, as b_v
+    b_v,
+    visited,  # queries, gradients, LSE and delta
+    o_key,
+    factor,
+    extent,
+    OPTIONS: gl.constexpr,
+    BORDER: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """Add what tiles low up to high of queries give; BORDER: compare with the window."""
+    queries, gradients, lses, deltas = visited
+    STAGES: gl.constexpr = OPTIONS.stages
+    BLOCK_M: gl.constexpr = queries.tiles.shape[3]
+    BLOCK_D: gl.constexpr = queries.tiles.shape[4]
+    BLOCK_DV: gl.constexpr = gradients.tiles.shape[4]
+    b_zero = gl.full((o_key.shape[0], BLOCK_M), 0.0, gl.float32, S_LAYOUT)
+    for i in range(low, high):
+        slot = count % STAGES
+        b_q = queries.tiles.index(slot).reshape((BLOCK_M, BLOCK_D))
+        b_do = gradients.tiles.index(slot).reshape((BLOCK_M, BLOCK_DV))
+        await_full(queries, count, STAGES)
+        b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        await_full(gradients, count, STAGES)
+        b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        if BORDER:
+            o_row = i * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT))
+            o_diagonal = o_row + (extent.kv_len - extent.q_len)
+            if OPTIONS.right:
+                b_s = gl.where(o_key[:, None] <= (o_diagonal + extent.right)[None, :], b_s, -float("inf"))
+            if OPTIONS.left:
+                b_s = gl.where(o_key[:, None] >= (o_diagonal - extent.left)[None, :], b_s, -float("inf"))
+        b_p = gl.exp2(b_s * factor - lses.index(slot).load(S_LAYOUT))
+        b_weights = gl.convert_layout(b_p.to(queries.tiles.dtype), gl.DotOperandLayout(0, b_dv.type.layout, 2))
+        b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+        b_dv = warpgroup_mma(b_weights, b_do, b_dv, is_async=True)
+        b_ds = b_p * (b_dp - deltas.index(slot).load(S_LAYOUT))
+        b_ds = gl.convert_layout(b_ds.to(queries.tiles.dtype), gl.DotOperandLayout(0, b_dk.type.layout, 2))
+        b_dk = warpgroup_mma(b_ds, b_q, b_dk, is_async=True)
+        b_dv = warpgroup_mma_wait(1, deps=[b_dv])
+        release(gradients, count, STAGES)
+        b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+        release(queries, count, STAGES)
+        count += 1
+    return b_dk, b_dv, count
+
+
+@gluon.jit
+def _consume_queries(
+    results,  # gradients of key and value
+    tiles,
+    scale,
+    work,
+    extent,
+    ME: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):
+    grad_key, grad_value = results
+    keys, values, queries, gradients, lses, deltas = tiles
+    CONSUMERS: gl.constexpr = OPTIONS.consumers
+    ROWS: gl.constexpr = keys.tiles.shape[3]
+    BLOCK_M: gl.constexpr = queries.tiles.shape[3]
+    BLOCK_D: gl.constexpr = keys.tiles.shape[4]
+    BLOCK_DV: gl.constexpr = values.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    log2e: gl.constexpr = 1.4426950408889634
+    factor = scale * log2e
+    visited = (queries, gradients, lses, deltas)
+    b_k = keys.tiles.index(ME).reshape((ROWS, BLOCK_D))
+    b_v = values.index(ME).reshape((ROWS, BLOCK_DV))
+    kv_count = ME
+    count = 0
+    for tile in range(gl.program_id(0), work.blocks * work.places, gl.num_programs(0)):
+        block, place = assigned(tile, work, OPTIONS.swizzle, False)
+        low, inside_low, inside_high, high = _query_tiles(block, extent, BLOCK_M, CONSUMERS * ROWS, OPTIONS)
+        first_key = (block * CONSUMERS + ME) * ROWS
+        o_key = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+        await_full(keys, kv_count, CONSUMERS)
+        b_dk = gl.full((ROWS, BLOCK_D), 0.0, gl.float32, DK_LAYOUT)
+        b_dv = gl.full((ROWS, BLOCK_DV), 0.0, gl.float32, DV_LAYOUT)
+        for _ in range(OPTIONS.group):
+            if OPTIONS.right:
+                b_dk, b_dv, count = _visit_queries(
+                    b_dk, b_dv, count, low, inside_low, b_k, b_v, visited, o_key, factor,
+                    extent, OPTIONS, True, S_LAYOUT,
+                )  # fmt: skip
+            b_dk, b_dv, count = _visit_queries(
+                b_dk, b_dv, count, inside_low, inside_high, b_k, b_v, visited, o_key, factor,
+                extent, OPTIONS, False, S_LAYOUT,
+            )  # fmt: skip
+            if OPTIONS.left:
+                b_dk, b_dv, count = _visit_queries(
+                    b_dk, b_dv, count, inside_high, high, b_k, b_v, visited, o_key, factor,
+                    extent, OPTIONS, True, S_LAYOUT,
+                )  # fmt: skip
+        release(keys, kv_count, CONSUMERS)
+        kv_count += CONSUMERS
+        o_base = (place // work.heads).to(gl.int64) * extent.kv_len * work.heads + place % work.heads
+        write(b_dk * scale, grad_key + o_base * D, work.heads * D, first_key, extent.kv_len, D)
+        write(b_dv, grad_value + o_base * DV, work.heads * DV, first_key, extent.kv_len, DV)
+
+
+@gluon.jit(do_not_specialize=["kv_heads", "places", "q_len", "kv_len", "left", "right"])
+def hopper_dkdv(
+    query,
+    key,
+    value,
+    grad_out,
+    lse2,
+    delta,
+    grad_key,
+    grad_value,
+    scale,
+    places,
+    kv_heads,
+    q_len,
+    kv_len,
+    left,
+    right,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):
+    """Grid: any number of programs. grad_key (B, K, Hkv, D) and grad_value (B, K, Hkv, Dv) are dense; places counts
+    batch * kv_heads. All other tensors are descriptors, lse2 and delta of (B * H, rows)."""
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    THIRD: gl.constexpr = 2
+    CONSUMERS: gl.constexpr = OPTIONS.consumers
+    extent = Extent(q_len, kv_len, left, right)
+    work = Work(gl.cdiv(kv_len, CONSUMERS * key.block_type.shape[2]), places, kv_heads)
+    keys = ring(key, CONSUMERS, 1)
+    values = slots(value, CONSUMERS)
+    queries = ring(query, OPTIONS.stages, CONSUMERS)
+    gradients = ring(grad_out, OPTIONS.stages, CONSUMERS)
+    lses = slots(lse2, OPTIONS.stages)
+    deltas = slots(delta, OPTIONS.stages)
+    fence_async_shared()
+    sources = (query, key, value, grad_out, lse2, delta)
+    tiles = (keys, values, queries, gradients, lses, deltas)
+    results = (grad_key, grad_value)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume_queries, (results, tiles, scale, work, extent, FIRST, D, DV, OPTIONS)),
+                (_produce_queries, (sources, tiles, work, extent, OPTIONS)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_queries, (results, tiles, scale, work, extent, FIRST, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, scale, work, extent, SECOND, D, DV, OPTIONS)),
+                (_produce_queries, (sources, tiles, work, extent, OPTIONS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS[2], PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_queries, (results, tiles, scale, work, extent, FIRST, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, scale, work, extent, SECOND, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, scale, work, extent, THIRD, D, DV, OPTIONS)),
+                (_produce_queries, (sources, tiles, work, extent, OPTIONS)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS[3], CONSUMER_REGISTERS[3], PRODUCER_REGISTERS],
+        )
+
+
+@gluon.jit
+def _produce_keys(
+    sources,  # descriptors of query, key, value and grad_out
+    tiles,  # in shared memory
+    work,
+    extent,
+    OPTIONS: gl.constexpr,
+):
+    query, key, value, grad_out = sources
+    queries, gradients, keys, values = tiles
+    CONSUMERS: gl.constexpr = OPTIONS.consumers
+    ROWS: gl.constexpr = query.block_type.shape[2]
+    BLOCK_N: gl.constexpr = key.block_type.shape[2]
+    q_count = 0
+    count = 0
+    for tile in range(gl.program_id(0), work.blocks * work.places, gl.num_programs(0)):
+        block, place = assigned(tile, work, OPTIONS.swizzle, OPTIONS.right)
+        low, _, _, high = key_tiles(block, extent, CONSUMERS * ROWS, BLOCK_N, OPTIONS)
+        entry = place // work.heads
+        head = place % work.heads
+        for me in gl.static_range(CONSUMERS):
+            where = [entry, head, (block * CONSUMERS + me) * ROWS, 0]
+            fill_both(queries, q_count, query, where, gradients, grad_out, where, CONSUMERS)
+            q_count += 1
+        for i in range(high - low):
+            where = [entry, head // OPTIONS.group, (high - 1 - i) * BLOCK_N, 0]
+            fill(keys, count, key, where, OPTIONS.stages)
+            fill(values, count, value, where, OPTIONS.stages)
+            count += 1
+
+
+@gluon.jit
+def _visit_keys(
+    b_dq,  # (ROWS, BLOCK_D) float32
+    count,
+    high,
+    low,
+    b_q,  # in shared memory, as b_do
+    b_do,
+    b_lse,
+    b_delta,
+    keys,
+    values,
+    o_row,
+    factor,
+    extent,
+    OPTIONS: gl.constexpr,
+    BORDER: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """Add what tiles high - 1 down to low of keys give; BORDER: compare with window and length."""
+    STAGES: gl.constexpr = OPTIONS.stages
+    BLOCK_N: gl.constexpr = keys.tiles.shape[3]
+    BLOCK_D: gl.constexpr = keys.tiles.shape[4]
+    BLOCK_DV: gl.constexpr = values.tiles.shape[4]
+    b_zero = gl.full((o_row.shape[0], BLOCK_N), 0.0, gl.float32, S_LAYOUT)
+    for i in range(high - low):
+        slot = count % STAGES
+        b_k = keys.tiles.index(slot).reshape((BLOCK_N, BLOCK_D))
+        b_v = values.tiles.index(slot).reshape((BLOCK_N, BLOCK_DV))
+        await_full(keys, count, STAGES)
+        b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        await_full(values, count, STAGES)
+        b_dp = warpgroup_mma(b_do, b_v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        if BORDER:
+            b_s = mask_keys(b_s, (high - 1 - i) * BLOCK_N, o_row, extent, OPTIONS)
+        b_p = gl.exp2(b_s * factor - b_lse[:, None])
+        b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+        release(values, count, STAGES)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_ds = gl.convert_layout(b_ds.to(keys.tiles.dtype), gl.DotOperandLayout(0, b_dq.type.layout, 2))
+        b_dq = warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
+        b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+        release(keys, count, STAGES)
+        count += 1
+    return b_dq, count
+
+
+@gluon.jit
+def _consume_keys(
+    rows,  # LSE (in log2) and delta
+    grad_query,
+    tiles,
+    scale,
+    work,
+    extent,
+    ME: gl.constexpr,
+    D: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):
+    lse2, delta = rows
+    queries, gradients, keys, values = tiles
+    CONSUMERS: gl.constexpr = OPTIONS.consumers
+    ROWS: gl.constexpr = queries.tiles.shape[3]
+    BLOCK_N: gl.constexpr = keys.tiles.shape[3]
+    BLOCK_D: gl.constexpr = keys.tiles.shape[4]
+    BLOCK_DV: gl.constexpr = values.tiles.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    log2e: gl.constexpr = 1.4426950408889634
+    factor = scale * log2e
+    b_q = queries.tiles.index(ME).reshape((ROWS, BLOCK_D))
+    b_do = gradients.index(ME).reshape((ROWS, BLOCK_DV))
+    q_count = ME
+    count = 0
+    for tile in range(gl.program_id(0), work.blocks * work.places, gl.num_programs(0)):
+        block, place = assigned(tile, work, OPTIONS.swizzle, OPTIONS.right)
+        low, inside_low, inside_high, high = key_tiles(block, extent, CONSUMERS * ROWS, BLOCK_N, OPTIONS)
+        first_row = (block * CONSUMERS + ME) * ROWS
+        o_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+        m_row = o_row < extent.q_len
+        o_flat = place.to(gl.int64) * extent.q_len + o_row
+        b_lse = gl.load(lse2 + o_flat, mask=m_row, other=float("inf"))
+        b_delta = gl.load(delta + o_flat, mask=m_row, other=0.0)
+        await_full(queries, q_count, CONSUMERS)
+        b_dq = gl.full((ROWS, BLOCK_D), 0.0, gl.float32, DQ_LAYOUT)
+        b_dq, count = _visit_keys(
+            b_dq, count, high, inside_high, b_q, b_do, b_lse, b_delta, keys, values, o_row, factor, extent,
+            OPTIONS, True, S_LAYOUT,
+        )  # fmt: skip
+        b_dq, count = _visit_keys(
+            b_dq, count, inside_high, inside_low, b_q, b_do, b_lse, b_delta, keys, values, o_row, factor, extent,
+            OPTIONS, False, S_LAYOUT,
+        )  # fmt: skip
+        if OPTIONS.left:
+            b_dq, count = _visit_keys(
+                b_dq, count, inside_low, low, b_q, b_do, b_lse, b_delta, keys, values, o_row, factor, extent,
+                OPTIONS, True, S_LAYOUT,
+            )  # fmt: skip
+        release(queries, q_count, CONSUMERS)
+        q_count += CONSUMERS
+        o_base = (place // work.heads).to(gl.int64) * extent.q_len * work.heads + place % work.heads
+        write(b_dq * scale, grad_query + o_base * D, work.heads * D, first_row, extent.q_len, D)
+
+
+@gluon.jit(do_not_specialize=["heads", "places", "q_len", "kv_len", "left", "right"])
+def hopper_dq(
+    query,
+    key,
+    value,
+    grad_out,
+    lse2,
+    delta,
+    grad_query,
+    scale,
+    places,
+    heads,
+    q_len,
+    kv_len,
+    left,
+    right,
+    D: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):
+    """Grid: any number of programs. grad_query (B, Q, H, D) is dense, lse2 and delta are (B, H, Q)."""
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    THIRD: gl.constexpr = 2
+    CONSUMERS: gl.constexpr = OPTIONS.consumers
+    extent = Extent(q_len, kv_len, left, right)
+    work = Work(gl.cdiv(q_len, CONSUMERS * query.block_type.shape[2]), places, heads)
+    queries = ring(query, CONSUMERS, 1)
+    gradients = slots(grad_out, CONSUMERS)
+    keys = ring(key, OPTIONS.stages, CONSUMERS)
+    values = ring(value, OPTIONS.stages, CONSUMERS)
+    fence_async_shared()
+    sources, rows = (query, key, value, grad_out), (lse2, delta)
+    tiles = (queries, gradients, keys, values)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, FIRST, D, OPTIONS)),
+                (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, SECOND, D, OPTIONS)),
+                (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS[2], PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, SECOND, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, THIRD, D, OPTIONS)),
+                (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS[3], CONSUMER_REGISTERS[3], PRODUCER_REGISTERS],
+        )
+
+
+def _rows(tensor: torch.Tensor, count: int, fill_value: float) -> TensorDescriptor:
+    """Return a TMA descriptor of (B, H, Q) float32 in tiles of `count`, filled up to whole tiles."""
+    missing = -tensor.shape[-1] % count
+    padded = torch.nn.functional.pad(tensor, (0, missing), value=fill_value) if missing else tensor
+    flat = padded.flatten(0, 1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, count], layout)
+
+
+def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of key and value, in their shapes, dense."""
+    call, chosen = prepared.call, options(prepared.call, config)
+    tensors = (call.query, call.key, call.value, prepared.grad_out)
+    query, key, value, grad_out = (describable(tensor) for tensor in tensors)
+    batch, kv_len, kv_heads, head_dim = key.shape
+    grad_key = key.new_empty(batch, kv_len, kv_heads, head_dim)
+    grad_value = value.new_empty(batch, kv_len, kv_heads, value.shape[-1])
+    tiles = triton.cdiv(kv_len, ROWS * chosen.consumers) * batch * kv_heads
+    block_m = config["block_m"]
+    with torch.cuda.device_of(query):
+        hopper_dkdv[grid(tiles, chosen.consumers, config["persistent"], query.device)](
+            descriptor(query, block_m),
+            descriptor(key, ROWS),
+            descriptor(value, ROWS),
+            descriptor(grad_out, block_m),
+            _rows(prepared.lse2, block_m, float("inf")),
+            _rows(prepared.delta, block_m, 0.0),
+            grad_key,
+            grad_value,
+            call.scale,
+            batch * kv_heads,
+            kv_heads,
+            *extent(call),
+            D=head_dim,
+            DV=value.shape[-1],
+            OPTIONS=chosen,
+            **warp_options(chosen.consumers),
+        )
+    return grad_key, grad_value
+
+
+def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
+    """Return the gradient of query, in its shape, dense."""
+    call, chosen = prepared.call, options(prepared.call, config)
+    tensors = (call.query, call.key, call.value, prepared.grad_out)
+    query, key, value, grad_out = (describable(tensor) for tensor in tensors)
+    batch, q_len, heads, head_dim = query.shape
+    grad_query = query.new_empty(batch, q_len, heads, head_dim)
+    tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
+    block_n = config["block_n"]
+    with torch.cuda.device_of(query):
+        hopper_dq[grid(tiles, chosen.consumers, config["persistent"], query.device)](
+            descriptor(query, ROWS),
+            descriptor(key, block_n),
+            descriptor(value, block_n),
+            descriptor(grad_out, ROWS),
+            prepared.lse2,
+            prepared.delta,
+            grad_query,
+            call.scale,
+            batch * heads,
+            heads,
+            *extent(call),
+            D=head_dim,
+            OPTIONS=chosen,
+            **warp_options(chosen.consumers),
+        )
+    return grad_query

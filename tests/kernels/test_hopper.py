@@ -1,0 +1,120 @@
+"""The warp-specialised kernels for sm_90: what their spaces offer, and on an H100 or H200, their results."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.problem import Dtype, Pass, Problem
+from tilewise.domain.space import SearchSpace
+from tilewise.kernels import device as devices
+from tilewise.kernels.backends import hopper_spaces
+from tilewise.kernels.backends.triton import ROLES, Triton
+from tilewise.tuner.correctness import Checker
+
+from .test_backends import H200
+
+PLAIN = Problem(pass_=Pass.TRAINING, batch=1, heads=8, kv_heads=2, q_len=1024, head_dim=128, causal=True)
+
+
+def by_kernel(problem: Problem, capability: int = 90) -> dict[str, SearchSpace]:
+    card = replace(H200, arch=f"sm_{capability}")
+    return {each.kernel: each for space in Triton().spaces(problem, card).values() for each in space.by_kernel}
+
+
+def test_both_kernels_of_each_role_are_offered_on_sm_90_only() -> None:
+    tiled = {f"triton_{role}" for role in ROLES}
+    assert set(by_kernel(PLAIN)) == tiled | set(hopper_spaces.KERNELS)
+    for capability in (80, 86, 89, 100):
+        assert set(by_kernel(PLAIN, capability)) == tiled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mask": "bool"}, {"mask": "bias"}, {"alibi": True}, {"softcap": True}, {"dropout": True}, {"dtype": Dtype.FP32},
+     {"head_dim": 36}, {"varlen": True}],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_do_not_know_is_not_theirs(changes: dict[str, Any]) -> None:
+    changes = {**changes, **({"v_head_dim": 0} if "head_dim" in changes else {})}
+    assert not set(by_kernel(replace(PLAIN, **changes))) & set(hopper_spaces.KERNELS)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 56, 64, 72, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("v_head_dim", [16, 64, 128, 256])
+def test_what_is_offered_fits_by_count(head_dim: int, v_head_dim: int) -> None:
+    spaces = by_kernel(replace(PLAIN, head_dim=head_dim, v_head_dim=v_head_dim))
+    for role, kernel in zip(ROLES, hopper_spaces.KERNELS, strict=True):
+        if kernel not in spaces:  # two wide accumulators leave dkdv no registers
+            assert role == "dkdv"
+            assert head_dim + v_head_dim > 256
+            continue
+        space = spaces[kernel]
+        assert space.default in space
+        widths = hopper_spaces.Widths(
+            1 << max(4, (head_dim - 1).bit_length()), 1 << max(4, (v_head_dim - 1).bit_length()), H200.shared_memory
+        )
+        for config in space:
+            assert hopper_spaces.shared_memory(role, widths, config.as_dict()) <= H200.shared_memory
+
+
+# on a GPU
+
+REACHES: dict[str, dict[str, Any]] = {
+    "full": {"q_len": 1024},
+    "ragged": {"q_len": 1000, "kv_len": 777},
+    "causal": {"q_len": 1024, "causal": True},
+    "causal, fewer queries": {"q_len": 333, "kv_len": 1111, "causal": True},
+    "causal, more queries": {"q_len": 1111, "kv_len": 333, "causal": True},
+    "window": {"q_len": 1500, "window": (256, 0)},
+    "window to both sides": {"q_len": 1100, "window": (100, 33)},
+    "window, fewer queries": {"q_len": 300, "kv_len": 900, "window": (70, -1)},
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "mha": {"heads": 4},
+    "gqa": {"heads": 8, "kv_heads": 2},
+    "mqa": {"heads": 5, "kv_heads": 1},
+}
+WIDTHS = [(16, 16), (40, 40), (56, 56), (64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (64, 256), (256, 256)]
+
+
+def cases() -> list[tuple[str, str, tuple[int, int], Dtype, int]]:
+    """Return 20 cells: every width twice, each reach with each kind of heads at least once; and a seed for configs."""
+    reaches, heads = list(REACHES), list(HEADS)
+    return [
+        (heads[n % 3], reaches[(n + n // 8) % 8], WIDTHS[n % 10], (Dtype.FP16, Dtype.BF16)[(n + n // 10) % 2], n)
+        for n in range(20)
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "reach", "widths", "dtype", "n"), cases())
+def test_right_at_real_sizes(heads: str, reach: str, widths: tuple[int, int], dtype: Dtype, n: int) -> None:
+    """Result and gradients of the default, and of a config from elsewhere in each space."""
+    device = devices.select("cuda")
+    problem = Problem(
+        **{
+            "pass_": Pass.TRAINING,
+            "batch": 2,
+            "dtype": dtype,
+            "head_dim": widths[0],
+            "v_head_dim": widths[1],
+            **HEADS[heads],
+            **REACHES[reach],
+        }
+    )
+    described = devices.describe(device)
+    if described.capability != 90:
+        pytest.skip(f"needs sm_90, this is {described.arch}")
+    checker = Checker(problem, device, seed=0)
+    spaces = {
+        role: space
+        for role, whole in Triton().spaces(problem, described).items()
+        for space in whole.by_kernel
+        if space.kernel in hopper_spaces.KERNELS
+    }
+    elsewhere = {role: list(space)[n * 37 % len(list(space))] for role, space in spaces.items()}
+    for configs in ({role: space.default for role, space in spaces.items()}, elsewhere):
+        error = checker.check(Candidate.of("triton", **configs))
+        assert error.worst <= 1, f"{configs}: {error}"
