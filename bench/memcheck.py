@@ -7,6 +7,7 @@ gives every tensor an allocation of its own; torch's caching allocator would hid
 python -m tilewise.bench.memcheck, it only compares with the reference.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Pass, Problem
 from tilewise.kernels import device as devices
 from tilewise.kernels import reference
-from tilewise.kernels.call import Call
+from tilewise.kernels.backends import hopper_spaces
+from tilewise.kernels.backends.triton import ROLES
 from tilewise.kernels.inputs import random_call
 from tilewise.kernels.triton_kernels.common import dropout_mask
 from tilewise.tuner.steps import GRADIENTS, results
@@ -33,33 +35,40 @@ class Case:
     kernels: str
     problem: Problem
     candidate: Candidate
-    dropout: float = 0.0
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Yield the cases that a device can run: those through TMA from sm_90 on, and in Triton's interpreter."""
-    small = Problem(pass_=Pass.TRAINING, batch=2, heads=4, kv_heads=2, q_len=37, kv_len=53, head_dim=40, causal=True)
+    """Yield the cases that a device can run: TMA needs sm_90 or Triton's interpreter, the Gluon kernels need sm_90."""
     described = devices.describe(device)
+    small = Problem(pass_=Pass.TRAINING, batch=2, heads=4, kv_heads=2, q_len=37, kv_len=53, head_dim=40, causal=True)
     for tma in (False, True) if described.capability == 0 or described.capability >= 90 else (False,):
-        path = "TMA" if tma else "pointers"
+        path, full = "TMA" if tma else "pointers", replace(small, causal=False)
         ours = _ours(tma, dkdv_tma=tma)
         yield Case(kernels=f"forward, delta, dkdv, dq by {path}", problem=small, candidate=ours)
-        full = replace(small, causal=False)
-        yield Case(kernels=f"keep_mask, dropout by {path}", problem=full, candidate=ours, dropout=0.25)
+        yield Case(kernels=f"packed by {path}", problem=replace(small, batch=5, varlen=True), candidate=ours)
+        yield Case(kernels=f"keep_mask, dropout by {path}", problem=replace(full, dropout=True), candidate=ours)
         for mask in ("bool", "bias.b1h1", "bias.h1q1", "bias.b1k1"):
             problem = replace(full, window=(20, 7), mask=mask, bias_grad=mask != "bool")
             kernels = f"{'mask' if mask == 'bool' else 'dbias'}: {mask} by {path}"
             # with a mask, dkdv has only the pointer path: backends.triton.tiles_of
             yield Case(kernels=kernels, problem=problem, candidate=_ours(tma, dkdv_tma=False))
-    decoding = Problem(batch=3, heads=4, kv_heads=2, q_len=3, kv_len=173, head_dim=40, varlen=True)
-    for page_size in (0, 16, 64):
-        for splits in (1, 3):
-            problem = replace(decoding, page_size=page_size)
-            config = Config.of("triton_decode", block_n=32, num_splits=splits, num_warps=2, num_stages=3)
-            kernels = (
-                f"decode{', combine' if splits > 1 else ''}: {f'pages of {page_size}' if page_size else 'contiguous'}"
+    for head_dim in (40, 128):
+        problem = replace(small, q_len=137, kv_len=211, head_dim=head_dim, v_head_dim=head_dim)
+        hopper = {role: hopper_spaces.space(role, problem, described) for role in ROLES}
+        configs = {role: space.default for role, space in hopper.items() if space is not None}
+        if configs:
+            yield Case(
+                kernels=", ".join(hopper_spaces.KERNELS), problem=problem, candidate=Candidate.of("triton", **configs)
             )
-            yield Case(kernels=kernels, problem=problem, candidate=Candidate.of("triton_decode", forward=config))
+    decoding = Problem(batch=3, heads=4, kv_heads=2, q_len=3, kv_len=173, head_dim=40, varlen=True)
+    for page_size, splits in itertools.product((0, 16, 64), (1, 3)):
+        config = Config.of("triton_decode", block_n=32, num_splits=splits, num_warps=2, num_stages=3)
+        cache = f"pages of {page_size}" if page_size else "contiguous"
+        yield Case(
+            kernels=f"decode{', combine' if splits > 1 else ''}: {cache}",
+            problem=replace(decoding, page_size=page_size),
+            candidate=Candidate.of("triton_decode", forward=config),
+        )
 
 
 def _ours(tma: bool, *, dkdv_tma: bool) -> Candidate:
@@ -72,11 +81,11 @@ def _ours(tma: bool, *, dkdv_tma: bool) -> Candidate:
 
 def worst(case: Case, device: torch.device) -> float:
     """Run a case; return its largest error as a share of the largest element (at least 1), infinity for NaN."""
-    call: Call = replace(random_call(case.problem, device, seed=0), dropout=case.dropout, seed=7)
+    call = random_call(case.problem, device, seed=0, empty=case.problem.packed)
     generator = torch.Generator(device).manual_seed(1)
-    shape = (*call.query.shape[:3], call.value.shape[-1])
+    shape = (*call.query.shape[:-1], call.value.shape[-1])
     grad_out = torch.randn(shape, generator=generator, device=device, dtype=call.query.dtype)
-    keep = dropout_mask(call) if case.dropout else None
+    keep = dropout_mask(call) if case.problem.dropout else None
     out, lse = reference.attention(call, keep=keep)
     expected = {"out": out, "lse": lse}
     if case.problem.pass_ is Pass.TRAINING:

@@ -15,7 +15,7 @@ def test_a_case_is_right(case: memcheck.Case) -> None:
 
 def test_every_kernel_has_a_case() -> None:
     kernels = " ".join(case.kernels for case in memcheck.cases(DEVICE))
-    for name in ("forward", "delta", "dkdv", "dq", "dbias", "keep_mask", "decode", "combine", "mask"):
+    for name in ("forward", "delta", "dkdv", "dq", "dbias", "keep_mask", "decode", "combine", "mask", "packed"):
         assert name in kernels
 
 

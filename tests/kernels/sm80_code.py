@@ -38,6 +38,8 @@ def problems() -> list[Problem]:
         replace(base, causal=False, mask="bias.b1h1", bias_grad=True),
         replace(base, causal=False, mask="bool", window=(100, 20)),
         replace(base, alibi=True, softcap=True),
+        replace(base, batch=4, varlen=True),
+        replace(base, causal=False, dropout=True),
         decode,
         replace(decode, page_size=64),
         replace(decode, head_dim=56, v_head_dim=56, q_len=16, window=(300, 0)),
