@@ -52,6 +52,12 @@ def by_warpgroup(capability: int, warps: int, rows: int) -> bool:
 
 def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
     """Return the bytes of shared memory of one block: those that Triton allocates, or an upper bound of them."""
+    held = _while_visiting(role, tiles, values)
+    # a result changes its layout on its way out, when the tiles are gone; only the forward's may be larger than they
+    return max(held, int(values["block_m"]) * tiles.v_head_dim * tiles.element_bytes) if role == "forward" else held
+
+
+def _while_visiting(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
     rows, columns = int(values["block_m"]), int(values["block_n"])
     warps, stages, tma = int(values["num_warps"]), int(values["num_stages"]), bool(values["tma"])
     d, dv, size = tiles.head_dim, tiles.v_head_dim, tiles.element_bytes
@@ -68,7 +74,7 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
         changing = (tiles.mask_bytes if tiles.mask_along_keys else 4) * rows * columns
         if role == "dkdv":  # its scores are transposed
             narrow = tiles.mask_bytes > 1 and tiles.mask_along_keys
-            changing = (1024 if warpgroup else 512) * warps if narrow else min(tiles.mask_bytes, 2) * rows * columns
+            changing = 1024 * warps if narrow else min(tiles.mask_bytes, 2) * rows * columns
         exchanged += changing
     # a tile that changes its layout passes through this, a few rows of a warp at a time
     tf32 = size == 4 and tiles.tensor_cores
@@ -97,8 +103,8 @@ def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
         statistics = (stages - 1) * 2 * visited * 4
         piped += -(-statistics // ALIGNMENT) * ALIGNMENT if warpgroup else statistics
         once += statistics
-    if tiles.mask_bytes == 4:
-        piped += buffers * rows * columns * 4
+    if tiles.mask_bytes in (1, 4):  # bool not always; half precision never
+        piped += buffers * rows * columns * tiles.mask_bytes
     piped += exchanged
     if tma:
         first = kept if size == 4 else height * (d if role == "forward" else wide) * size
