@@ -42,12 +42,10 @@ def corner(problem: Problem, role: str, arch: str) -> Job:
 
 
 def wanted() -> list[Job]:
-    defaults = [job for job in jobs(DEFAULTS, ARCHS, limit=0) if job.why != "corner"]
-    return [
-        *defaults,
-        *winning(ARCHS),
-        *(corner(BASE, role, arch) for arch in ARCHS for role in ("forward", "dkdv", "dq")),
-    ]
+    defaults = [job for job in jobs(DEFAULTS, ARCHS, limit=0) if job.why == "default"]
+    combined = {job.arch: job for job in jobs([DECODE], ARCHS, limit=0) if job.role == "combine"}
+    tight = [corner(BASE, role, arch) for arch in ARCHS for role in ("forward", "dkdv", "dq")]
+    return [*defaults, *combined.values(), *winning(ARCHS), *tight]
 
 
 @pytest.fixture(scope="module")
