@@ -21,7 +21,7 @@ SPILLING = 64  # bytes of stack per thread from which a config is counted as spi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """All rows of one kernel, architecture and kind of problem.
+    """All rows of one role, architecture and kind of problem.
 
     - kind: dtype, head dims and what else the kernel compiles in.
     - grid, space: combinations of parameters, and those of them that keep the space's constraints, over all problems.
@@ -34,7 +34,7 @@ class Line:
     - spilling, stack: how many of them have SPILLING bytes of stack per thread or more, and the most.
     """
 
-    kernel: str
+    role: str
     arch: str
     kind: str
     problems: int
@@ -69,10 +69,10 @@ class Report:
 
 
 def summarise(rows: Sequence[Row], command: str) -> Report:
-    """Return the report of all `rows`, a line per kernel, architecture and kind of problem."""
+    """Return the report of all `rows`, a line per role, architecture and kind of problem."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.job.kernel, row.job.arch, kind(row.job.problem, row.job.kernel)), []).append(row)
+        groups.setdefault((row.job.role, row.job.arch, kind(row.job.problem, row.job.role)), []).append(row)
     found = versions()
     special = [row for row in rows if row.job.why not in ("space", "refused") or row.outcome is not Outcome.OK]
     return Report(
@@ -85,20 +85,20 @@ def summarise(rows: Sequence[Row], command: str) -> Report:
     )
 
 
-def _line(kernel: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
+def _line(role: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
     device = DEVICES[arch]
     of_space = [row for row in rows if row.job.why != "refused"]
     refused = [row for row in rows if row.job.why == "refused" and row.outcome is Outcome.OK]
     good = [row for row in of_space if row.outcome is Outcome.OK]
     counted = [
-        (row, predicted(row.job.problem, kernel, device, row.job.config))
+        (row, predicted(row.job.problem, role, device, row.job.config))
         for row in (*good, *refused)
-        if row.job.config is not None and kernel != "combine"
+        if row.job.config is not None and role != "combine"
     ]
     searched = [
         found
         for problem in dict.fromkeys(row.job.problem for row in rows)
-        if (found := spaces(problem, device)[kernel]) is not None and kernel != "combine"
+        if (found := spaces(problem, device)[role]) is not None and role != "combine"
     ]
     reasons: Counter[str] = Counter()
     for space in searched:
@@ -106,7 +106,7 @@ def _line(kernel: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
     inside = reasons.pop("", 0)
     failed = Counter(f"{row.outcome}: {row.message}" for row in of_space if row.outcome is not Outcome.OK)
     return Line(
-        kernel=kernel,
+        role=role,
         arch=arch,
         kind=what,
         problems=len({row.job.problem for row in rows}),
@@ -157,7 +157,7 @@ def cells(line: Line) -> list[str]:
     """Return a line in the order of COLUMNS."""
     low, high = line.shared_memory
     return [
-        line.kernel,
+        line.role,
         line.arch,
         line.kind,
         str(line.grid or "-"),
@@ -191,7 +191,7 @@ def markdown(report: Report) -> str:
         )
     failures = Counter[str]()
     for line in report.lines:
-        failures.update({f"{line.kernel} {line.arch} {reason}": count for reason, count in line.failed})
+        failures.update({f"{line.role} {line.arch} {reason}": count for reason, count in line.failed})
     rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, report.lines))]
     return "\n".join(
         [

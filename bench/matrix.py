@@ -50,7 +50,7 @@ class Job:
     """One compilation. `why`: space, default, corner, winner, or refused by the space for its shared memory alone."""
 
     problem: Problem
-    kernel: str
+    role: str
     arch: str
     config: Config | None
     why: str
@@ -102,38 +102,34 @@ def problems() -> list[Problem]:
     ]
 
 
-def kind(problem: Problem, kernel: str) -> str:
+def kind(problem: Problem, role: str) -> str:
     """Return what a kernel knows of a problem, in the words of its key: neither batch, heads nor lengths."""
     dims = [f"d{problem.head_dim}", *([f"dv{problem.v_head_dim}"] if problem.v_head_dim != problem.head_dim else [])]
     words = [word for word in problem.key.split(".")[8:] if not word.startswith("dv")]
-    rows = [f"{problem.q_len * problem.heads // problem.kv_heads} rows"] if kernel in ("decode", "combine") else []
+    rows = [f"{problem.q_len * problem.heads // problem.kv_heads} rows"] if role in ("decode", "combine") else []
     return " ".join([str(problem.dtype), *dims, *words, *rows])
 
 
 def spaces(problem: Problem, device: Device) -> dict[str, SearchSpace | None]:
-    """Return the space of each of `offline.KERNELS` that the problem runs on the device.
+    """Return the space of each kernel that the problem runs on the device; None for a kernel without parameters.
 
-    None for a kernel without parameters; combine, which comes with decode, has that of decode.
+    A kernel stands under its role, and under its own name where it is not the role's first.
     """
     from tilewise.kernels.backends.triton import Triton
     from tilewise.kernels.backends.triton_decode import TritonDecode
 
+    found: dict[str, SearchSpace | None] = {}
     if TritonDecode().supports(problem, device) is None:
         space = TritonDecode().spaces(problem, device)["forward"]
-        return {"decode": space, "combine": space}
-    if Triton().supports(problem, device) is not None:
-        return {}
-    roles = Triton().spaces(problem, device).values()
-    found: dict[str, SearchSpace | None] = {_short(each.kernel): each for whole in roles for each in whole.by_kernel}
-    if problem.pass_ is Pass.TRAINING:
-        found["delta"] = None
-    if problem.bias_grad:
-        found["dbias"] = None
+        found |= {"decode": space, "combine": space}
+    elif Triton().supports(problem, device) is None:
+        for role, space in Triton().spaces(problem, device).items():
+            found |= {role if each.kernel == f"triton_{role}" else each.kernel: each for each in space.by_kernel}
+        if problem.pass_ is Pass.TRAINING:
+            found["delta"] = None
+        if problem.bias_grad:
+            found["dbias"] = None
     return found
-
-
-def _short(kernel: str) -> str:
-    return kernel.removeprefix("triton_")
 
 
 def jobs(
@@ -148,33 +144,33 @@ def jobs(
     found: dict[tuple[object, ...], Job] = {}
     cornered: set[tuple[object, ...]] = set()
 
-    def add(problem: Problem, kernel: str, arch: str, config: Config | None, why: str) -> None:
-        job = Job(problem=problem, kernel=kernel, arch=arch, config=config, why=why)
+    def add(problem: Problem, role: str, arch: str, config: Config | None, why: str) -> None:
+        job = Job(problem=problem, role=role, arch=arch, config=config, why=why)
         found.setdefault(_identity(job), job)
 
     for problem, arch in itertools.product(wanted, archs):
-        for kernel, space in spaces(problem, DEVICES[arch]).items():
+        for role, space in spaces(problem, DEVICES[arch]).items():
             if space is None:
-                add(problem, kernel, arch, None, "default")
+                add(problem, role, arch, None, "default")
                 continue
-            if kernel == "combine":  # it knows of a config only the number of splits
+            if role == "combine":  # it knows of a config only the number of splits
                 for config in _splits(space):
-                    add(problem, kernel, arch, config, "space")
+                    add(problem, role, arch, config, "space")
                 continue
-            add(problem, kernel, arch, space.default, "default")
-            dims = kernel, arch, problem.dtype, problem.head_dim, problem.v_head_dim, problem.mask, problem.page_size
+            add(problem, role, arch, space.default, "default")
+            dims = role, arch, problem.dtype, problem.head_dim, problem.v_head_dim, problem.mask, problem.page_size
             if dims not in cornered:
                 cornered.add(dims)
-                for config in corners(space, problem, kernel, DEVICES[arch]):
-                    add(problem, kernel, arch, config, "corner")
+                for config in corners(space, problem, role, DEVICES[arch]):
+                    add(problem, role, arch, config, "corner")
             inside, refused = _split(space)
             for config in _sample(inside, every, limit):
-                add(problem, kernel, arch, config, "space")
+                add(problem, role, arch, config, "space")
             for config in _sample(refused, every and every * REFUSED_SHARE, limit and -(-limit // REFUSED_SHARE)):
-                add(problem, kernel, arch, config, "refused")
-    kinds = {(job.kernel, kind(job.problem, job.kernel)) for job in found.values()}
+                add(problem, role, arch, config, "refused")
+    kinds = {(job.role, kind(job.problem, job.role)) for job in found.values()}
     for job in winning(archs):
-        if (job.kernel, kind(job.problem, job.kernel)) in kinds:
+        if (job.role, kind(job.problem, job.role)) in kinds:
             found[_identity(job)] = job
     return list(found.values())
 
@@ -182,14 +178,14 @@ def jobs(
 def winning(archs: Sequence[str]) -> list[Job]:
     """Return the winners kept under bench/results, for each architecture whose space has them."""
     found = []
-    for (problem, kernel, config), arch in itertools.product(winners(RESULTS), archs):
-        space = spaces(problem, DEVICES[arch]).get(kernel)
+    for (problem, role, config), arch in itertools.product(winners(RESULTS), archs):
+        space = spaces(problem, DEVICES[arch]).get(role)
         if space is not None and config in space:
-            found.append(Job(problem=problem, kernel=kernel, arch=arch, config=config, why="winner"))
+            found.append(Job(problem=problem, role=role, arch=arch, config=config, why="winner"))
     return found
 
 
-def corners(space: SearchSpace, problem: Problem, kernel: str, device: Device) -> list[Config]:
+def corners(space: SearchSpace, problem: Problem, role: str, device: Device) -> list[Config]:
     """Return, for the least and the largest value of each parameter, the config of the space nearest to its default.
 
     Then the one of the largest predicted shared memory.
@@ -200,7 +196,7 @@ def corners(space: SearchSpace, problem: Problem, kernel: str, device: Device) -
         return sum(value != default[name] for name, value in config.values)
 
     def size(config: Config) -> int:
-        return predicted(problem, kernel, device, config)
+        return predicted(problem, role, device, config)
 
     found = []
     for parameter in space.parameters:
@@ -211,12 +207,15 @@ def corners(space: SearchSpace, problem: Problem, kernel: str, device: Device) -
 
 
 def winners(folder: Path) -> list[tuple[Problem, str, Config]]:
-    """Return the configs of our fastest candidate of each final in `folder`, each with its kernel and problem."""
+    """Return the configs of our fastest candidate of each final in `folder`, each with its role and problem."""
+    from tilewise.kernels.backends import hopper_spaces
+
     found: dict[tuple[Problem, str, Config], None] = {}
     for path in sorted(folder.glob("*.json")):
         for problem, candidate in _fastest(json.loads(path.read_text()), None):
-            for _, config in candidate.configs:
-                found[problem, _short(config.kernel), config] = None
+            for role, config in candidate.configs:
+                named = config.kernel if config.kernel in hopper_spaces.KERNELS else role
+                found[problem, "decode" if candidate.backend == "triton_decode" else named, config] = None
     return list(found)
 
 
@@ -281,27 +280,25 @@ def _sample(configs: Sequence[Config], every: int | None, limit: int | None) -> 
     return configs[:: every or 1]
 
 
-def predicted(problem: Problem, kernel: str, device: Device, config: Config) -> int:
+def predicted(problem: Problem, role: str, device: Device, config: Config) -> int:
     """Return the bytes of shared memory that the space counts with."""
     from tilewise.kernels.backends import hopper_spaces, triton_decode
     from tilewise.kernels.backends.triton import tiles_of
     from tilewise.kernels.backends.triton_memory import shared_memory
 
     values: dict[str, Value] = config.as_dict()
-    if kernel == "decode":
+    if role == "decode":
         return triton_decode.shared_memory(problem, device.capability, values)
-    tiles = tiles_of(kernel, problem, device)
-    if kernel in hopper_spaces.KERNELS:
-        widths = hopper_spaces.Widths(tiles.head_dim, tiles.v_head_dim, device.shared_memory)
-        return hopper_spaces.shared_memory(kernel.removeprefix("hopper_"), widths, values)
-    return shared_memory(kernel, tiles, values)
+    if role in hopper_spaces.KERNELS:
+        return hopper_spaces.predicted(role, problem, device, values)
+    return shared_memory(role, tiles_of(role, problem, device), values)
 
 
 def compile_one(job: Job) -> Row:
     """Compile one job in this process. Raises what the compiler raises."""
     from tilewise.kernels import offline
 
-    found = offline.compiled(job.kernel, job.problem, job.config, DEVICES[job.arch].capability)
+    found = offline.compiled(job.role, job.problem, job.config, DEVICES[job.arch].capability)
     return Row(
         job=job,
         outcome=Outcome.OK,
@@ -329,7 +326,7 @@ def compile_all(
 
 
 def _identity(job: Job) -> tuple[object, ...]:
-    return job.problem, job.kernel, job.arch, job.config
+    return job.problem, job.role, job.arch, job.config
 
 
 def _read(path: Path) -> dict[tuple[object, ...], Row]:

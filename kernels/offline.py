@@ -28,14 +28,14 @@ from tilewise.domain.problem import Layout, Problem
 from .call import TORCH_DTYPES, Call
 from .inputs import DROPOUT, DROPOUT_SEED, SOFTCAP
 
-# the device function of each kernel; delta and dbias have no parameters, and combine comes with decode
+# what each role of a problem compiles; a role without parameters takes no config
 KERNELS = {
-    "hopper_forward": "hopper_forward",
-    "hopper_dkdv": "hopper_dkdv",
-    "hopper_dq": "hopper_dq",
     "forward": "attention_forward",
     "dkdv": "dkdv_kernel",
     "dq": "dq_kernel",
+    "hopper_forward": "hopper_forward",
+    "hopper_dkdv": "hopper_dkdv",
+    "hopper_dq": "hopper_dq",
     "delta": "delta_rows",
     "dbias": "dbias_kernel",
     "decode": "attention_decode",
@@ -211,50 +211,44 @@ def call_without_data(problem: Problem) -> Call:
 
 
 def compiled(
-    kernel: str, problem: Problem, config: Config | None, capability: int, *, shared_memory: int = UNLIMITED
+    role: str, problem: Problem, config: Config | None, capability: int, *, shared_memory: int = UNLIMITED
 ) -> Compiled:
-    """Compile one of `KERNELS` and return it.
+    """Compile the kernel of one role (`KERNELS`) and return it.
 
     Raises what Triton raises: OutOfResources where a block needs more than `shared_memory` bytes.
     """
     with compiling(capability, shared_memory=shared_memory) as found:
-        launch(kernel, problem, config)
-    return found[KERNELS[kernel]]
+        launch(role, problem, config)
+    return found[KERNELS[role]]
 
 
-def launch(kernel: str, problem: Problem, config: Config | None) -> None:
-    """Launch one of `KERNELS` on tensors without data."""
+def launch(role: str, problem: Problem, config: Config | None) -> None:
+    """Launch the kernel of one role on tensors without data."""
     from .backends.triton import Triton
     from .backends.triton_decode import TritonDecode
-    from .triton_kernels import backward, bias
+    from .triton_kernels import backward, bias, hopper_backward
 
     call = call_without_data(problem)
-    if kernel in ("decode", "combine"):
+    if role in ("decode", "combine"):
         TritonDecode().forward(call, config)
-    elif kernel in ("forward", "hopper_forward"):
+    elif role in ("forward", "hopper_forward"):
         Triton().forward(call, config)
     else:
         out = call.query.new_empty(*call.query.shape[:-1], problem.v_head_dim)
         rows = (problem.heads, out.shape[0]) if problem.packed else (problem.batch, problem.heads, problem.q_len)
         lse = call.query.new_empty(rows, dtype=torch.float32)
         prepared = backward.prepare(call, out, lse, torch.empty_like(out))
-        if kernel == "dbias":
+        if role == "dkdv":
+            backward.launch_dkdv(prepared, config or _missing(role))
+        elif role == "dq":
+            backward.launch_dq(prepared, config or _missing(role))
+        elif role == "hopper_dkdv":
+            hopper_backward.launch_dkdv(prepared, config or _missing(role))
+        elif role == "hopper_dq":
+            hopper_backward.launch_dq(prepared, config or _missing(role))
+        elif role == "dbias":
             bias.launch_dbias(prepared)
-        elif kernel != "delta":
-            _launch_gradient(kernel, prepared, config)
 
 
-def _launch_gradient(kernel: str, prepared: Any, config: Config | None) -> None:
-    from .triton_kernels import backward
-
-    if config is None:
-        raise ConfigError(f"{kernel}: expected a config, got none")
-    if kernel == "dkdv":
-        backward.launch_dkdv(prepared, config)
-    elif kernel == "dq":
-        backward.launch_dq(prepared, config)
-    else:
-        from .triton_kernels import hopper_backward
-
-        by_name = {"hopper_dkdv": hopper_backward.launch_dkdv, "hopper_dq": hopper_backward.launch_dq}
-        by_name[kernel](prepared, config)
+def _missing(role: str) -> Config:
+    raise ConfigError(f"{role}: expected a config, got none")

@@ -1,8 +1,9 @@
-"""tilewise bench core, tilewise bench compile."""
+"""tilewise bench core and compile."""
 
 import importlib.util
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure what this project claims, and write it down.", no_args_is_help=True)
 
 RESULTS = Path("bench/results")
-UNTOLD = ("output", "db", "as_json", "processes")  # options that change nothing in what is measured
+UNTOLD = ("output", "db", "as_json")  # options that change nothing in what is measured
 
 
 @app.command()
@@ -109,70 +110,13 @@ def core(
         raise typer.Exit(1)
 
 
-@app.command("compile")
-def compile_(
-    context: typer.Context,
-    output: Annotated[Path, typer.Option(metavar="FILE.json", help="The report; a .md of the same name beside it.")],
-    arch: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89 or sm_90; repeat. Default: sm_80, sm_90.")
-    ] = None,
-    problems: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Problem key; repeat. Default: a fixed set.")
-    ] = None,
-    models: Annotated[list[str] | None, typer.Option(help="Model, trained; repeat.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
-    every: Annotated[int | None, typer.Option(min=1, help="Every N-th config of a space.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="N configs of a space, by a fixed seed.")] = None,
-    seconds: Annotated[float, typer.Option("--seconds-per-config", min=1, help="Longer is timed_out.")] = 120,
-    as_json: AsJson = False,
-) -> None:
-    """Compile our Triton kernels over their spaces without a GPU: shared memory, registers, spills, failures.
-
-    Corners, defaults and committed winners are always among them. Goes on from FILE.rows.jsonl of an earlier run.
-    """
-    from tilewise.domain.errors import DeviceError, SettingsError
-
-    from ..torch import need_torch
-
-    if every is not None and limit is not None:
-        raise SettingsError("--every and --limit: expected one of them, got both")
-    need_torch()
-    if importlib.util.find_spec("triton") is None:
-        raise DeviceError("triton is not installed, and its compiler is what this runs: pip install 'tilewise[gpu]'")
-    from tilewise.bench import compile_report, matrix
-
-    archs = arch or ["sm_80", "sm_90"]
-    for name in archs:
-        if name not in matrix.DEVICES:
-            raise SettingsError(f"--arch: expected one of {', '.join(matrix.DEVICES)}, got {name!r}")
-    jobs = matrix.jobs(_problems(models or [], problems or []), archs, every=every, limit=limit)
-    done = 0
-
-    def report(row: matrix.Row) -> None:
-        nonlocal done
-        done += 1
-        if done % 50 == 0 or row.outcome != "ok":
-            err.print(f"{done} compiled, {len(jobs)} in all: {row.outcome} {row.message}".rstrip(), markup=False)
-
-    rows = matrix.compile_all(
-        jobs, output.with_suffix(".rows.jsonl"), processes=processes, seconds=seconds, report=report
-    )
-    found = compile_report.summarise(rows, _command(context))
-    compile_report.write(found, output)
-    if as_json:
-        print_json(found)
-    else:
-        print_table("", compile_report.COLUMNS, map(compile_report.cells, found.lines))
-        out.print(f"{len(rows)} configs, {done} of them compiled now: {output}", markup=False)
-
-
 def _names(given: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
 def _command(context: typer.Context) -> str:
     """Return the command line of the options that were given, but for those that only say where to."""
-    words = ["tilewise", "bench", context.command.name or ""]
+    words = ["tilewise", "bench", "core"]
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
@@ -234,7 +178,63 @@ def _share(share: float | None, bar: float | None) -> str:
     return ("-" if share is None else f"{share:.3f}") + ("" if bar is None else f" (bar {bar:g})")
 
 
-def _problems(models: list[str], keys: list[str]) -> "list[Problem]":
+@app.command("compile")
+def compile_(
+    output: Annotated[Path, typer.Option(metavar="FILE.json", help="The report; a .md of the same name beside it.")],
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89 or sm_90; repeat. Default: sm_80, sm_90.")
+    ] = None,
+    problems: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Problem key; repeat. Default: a fixed set.")
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option(help="Model, trained; repeat.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
+    every: Annotated[int | None, typer.Option(min=1, help="Every N-th config of a space.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="N configs of a space, by a fixed seed.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds-per-config", min=1, help="Longer is timed_out.")] = 120,
+    as_json: AsJson = False,
+) -> None:
+    """Compile our Triton kernels over their spaces without a GPU: shared memory, registers, spills, failures.
+
+    Corners, defaults and committed winners are always among them. Goes on from FILE.rows.jsonl of an earlier run.
+    """
+    from tilewise.domain.errors import DeviceError, SettingsError
+
+    from ..torch import need_torch
+
+    if every is not None and limit is not None:
+        raise SettingsError("--every and --limit: expected one of them, got both")
+    need_torch()
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError("triton is not installed, and its compiler is what this runs: pip install 'tilewise[gpu]'")
+    from tilewise.bench import compile_report, matrix
+
+    archs = arch or ["sm_80", "sm_90"]
+    for name in archs:
+        if name not in matrix.DEVICES:
+            raise SettingsError(f"--arch: expected one of {', '.join(matrix.DEVICES)}, got {name!r}")
+    jobs = matrix.jobs(_compiled(models or [], problems or []), archs, every=every, limit=limit)
+    done = 0
+
+    def report(row: matrix.Row) -> None:
+        nonlocal done
+        done += 1
+        if done % 50 == 0 or row.outcome != "ok":
+            err.print(f"{done} compiled, {len(jobs)} in all: {row.outcome} {row.message}".rstrip(), markup=False)
+
+    rows = matrix.compile_all(
+        jobs, output.with_suffix(".rows.jsonl"), processes=processes, seconds=seconds, report=report
+    )
+    found = compile_report.summarise(rows, f"tilewise {shlex.join(sys.argv[1:])}")
+    compile_report.write(found, output)
+    if as_json:
+        print_json(found)
+    else:
+        print_table("", compile_report.COLUMNS, map(compile_report.cells, found.lines))
+        out.print(f"{len(rows)} configs, {done} of them compiled now: {output}", markup=False)
+
+
+def _compiled(models: list[str], keys: list[str]) -> "list[Problem]":
     from tilewise.bench import matrix
     from tilewise.domain.models import model_named
     from tilewise.domain.problem import Pass, Problem

@@ -13,6 +13,7 @@ from ..backend import unsupported_feature
 from ..tiles import padded
 
 FORWARD, DKDV, DQ = KERNELS = ("hopper_forward", "hopper_dkdv", "hopper_dq")
+ROLES = dict(zip(KERNELS, ("forward", "dkdv", "dq"), strict=True))
 ROWS = 64  # of a consumer
 # Registers of a consumer's thread, by warps of all consumers, less what addresses and barriers need.
 _REGISTERS = {4: 232 - 16, 8: 240 - 16, 12: 160 - 16}
@@ -39,7 +40,16 @@ def space(role: str, problem: Problem, device: Device) -> SearchSpace | None:
     features = ("mask", "alibi", "softcap", "dropout", "varlen", "page_size")
     if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, *features):
         return None
-    return _space(role, Widths(padded(problem.head_dim), padded(problem.v_head_dim), device.shared_memory))
+    return _space(role, _widths(problem, device))
+
+
+def predicted(kernel: str, problem: Problem, device: Device, values: Mapping[str, Value]) -> int:
+    """Return the shared memory of a block in bytes of a config of `kernel`, an upper bound."""
+    return shared_memory(ROLES[kernel], _widths(problem, device), values)
+
+
+def _widths(problem: Problem, device: Device) -> Widths:
+    return Widths(padded(problem.head_dim), padded(problem.v_head_dim), device.shared_memory)
 
 
 def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int:
@@ -121,7 +131,7 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
             Constraint("only two consumers take turns", lambda v: not v["pingpong"] or v["num_warps"] == 8),
             Constraint("only a persistent program loads ahead", lambda v: v["q_stages"] == 1 or bool(v["persistent"])),
         ]
-    kernel = KERNELS[("forward", "dkdv", "dq").index(role)]
+    kernel = next(name for name, its in ROLES.items() if its == role)
     for values in _DEFAULTS[role]:
         # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
         default = {**values, "persistent": role != "dkdv", "swizzle": 0}

@@ -239,13 +239,11 @@ def warp_options(consumers: int) -> dict[str, int]:
 
 def grid(tiles: int, consumers: int, persistent: bool, device: torch.device) -> tuple[int]:
     """Return a program for each tile, or as many as run at once, each taking every so many-th tile."""
-    if not persistent:
+    if not persistent or device.type != "cuda":  # what is compiled only runs nowhere
         return (tiles,)
     return (min(tiles, _multiprocessors(device) * (2 if consumers == 1 else 1)),)
 
 
 @functools.lru_cache(maxsize=64)
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # nothing runs there: kernels.offline
-        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

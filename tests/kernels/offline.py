@@ -1,6 +1,6 @@
 """Compile launches of ours without a GPU: a script for a process in which Triton does not interpret.
 
-Reads a list of [kernel, problem, config, capability, bytes of shared memory that a block has] from standard
+Reads a list of [role, problem, config, capability, bytes of shared memory that a block has] from standard
 input, the problem as its key, and writes what came of each: sizes, and how many bytes the copies into shared memory
 bring, or the outcome that the tuner would keep.
 """
@@ -18,10 +18,10 @@ from tilewise.kernels import offline
 from tilewise.tuner.trying import classify
 
 
-def result(kernel: str, key: str, config: Any, capability: int, available: int) -> dict[str, Any]:
+def result(role: str, key: str, config: Any, capability: int, available: int) -> dict[str, Any]:
     chosen = None if config is None else codec.from_json(Config, config)
     try:
-        found = offline.compiled(kernel, Problem.parse(key), chosen, capability, shared_memory=available)
+        found = offline.compiled(role, Problem.parse(key), chosen, capability, shared_memory=available)
     except Exception as raised:  # every case has its line
         return {"outcome": classify(raised), "message": str(raised)[:500]}
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], (0x\w+)", found.ptx)

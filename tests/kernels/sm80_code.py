@@ -21,9 +21,7 @@ from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Dtype, Pass, Problem
 
 CAPABILITY = 80
-Job = tuple[
-    str, Problem, Config | None, str, int
-]  # kernel, problem, config, cache, capability that it is assembled for
+Job = tuple[str, Problem, Config | None, str, int]  # role, problem, config, cache, capability that it is assembled for
 
 
 def problems() -> list[Problem]:
@@ -47,44 +45,42 @@ def problems() -> list[Problem]:
 
 
 def candidates(problem: Problem, *, corners_too: bool = True) -> Iterator[Candidate]:
-    """Yield the default of sm_80's spaces, and each kernel's corners with the others at their defaults."""
+    """Yield the default of sm_80's spaces, and each role's corners with the others at their defaults."""
     device = DEVICES["sm_80"]
-    found = {
-        kernel: space for kernel, space in spaces(problem, device).items() if space is not None and kernel != "combine"
-    }
+    found = {role: space for role, space in spaces(problem, device).items() if space is not None and role != "combine"}
     if "decode" in found:
         space = found["decode"]
         others = corners(space, problem, "decode", device) if corners_too else []
         for config in dict.fromkeys((space.default, *others)):
             yield Candidate.of("triton_decode", forward=config)
         return
-    default = Candidate.of("triton", **{kernel: space.default for kernel, space in found.items()})
+    default = Candidate.of("triton", **{role: space.default for role, space in found.items()})
     yield default
     if not corners_too or problem.dtype is Dtype.FP32:  # its products are unrolled: large tiles compile for minutes
         return
-    for kernel, space in found.items():
-        for config in corners(space, problem, kernel, device):
+    for role, space in found.items():
+        for config in corners(space, problem, role, device):
             if config != space.default:
-                yield default.with_config(kernel, config)
+                yield default.with_config(role, config)
 
 
 def jobs(problem: Problem, cache: str, assemble_for: int, *, corners_too: bool = True) -> Iterator[Job]:
     for candidate in candidates(problem, corners_too=corners_too):
-        for kernel, config in candidate.configs:
-            name = "decode" if candidate.backend == "triton_decode" else kernel
+        for role, config in candidate.configs:
+            name = "decode" if candidate.backend == "triton_decode" else role
             yield name, problem, config, cache, assemble_for
-    for kernel, space in spaces(problem, DEVICES["sm_80"]).items():
+    for role, space in spaces(problem, DEVICES["sm_80"]).items():
         if space is None:
-            yield kernel, problem, None, cache, assemble_for
+            yield role, problem, None, cache, assemble_for
 
 
 def compile_one(job: Job) -> list[tuple[str, str, int]]:
     """Compile one job into the cache; return name, target of the PTX and capability of the machine code of each."""
     from tilewise.kernels import offline
 
-    kernel, problem, config, cache, assemble_for = job
+    role, problem, config, cache, assemble_for = job
     with offline.compiling(CAPABILITY, cache=Path(cache), assemble_for=assemble_for) as found:
-        offline.launch(kernel, problem, config)
+        offline.launch(role, problem, config)
     return [(name, target(each.ptx), each.cubin[48]) for name, each in found.items()]
 
 
@@ -96,9 +92,9 @@ def compile_all(wanted: Iterable[Job]) -> dict[str, list[str]]:
     """Compile in parallel; return the kernels' names with what went wrong, nothing where all are as they should be."""
     found: dict[str, list[str]] = {}
     for done in run_each(compile_one, dict.fromkeys(wanted), processes=os.cpu_count() or 1, seconds=90):
-        kernel, problem, config, _, assemble_for = done.job
+        role, problem, config, _, assemble_for = done.job
         if done.result is None:
-            found.setdefault(kernel, []).append(f"{problem.key} {config}: {done.outcome} {done.message}")
+            found.setdefault(role, []).append(f"{problem.key} {config}: {done.outcome} {done.message}")
         for name, ptx, code in done.result or ():
             wrong = found.setdefault(name, [])
             if (ptx, code) != (f"sm_{CAPABILITY}", assemble_for):

@@ -3,7 +3,6 @@
 Everything is compiled once, in processes of their own in which Triton does not interpret.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -20,7 +19,6 @@ from tilewise.domain.config import Config
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import offline
-from tilewise.kernels.backends import hopper_spaces
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
@@ -34,19 +32,19 @@ DEFAULTS = (
 )
 
 
-def corner(problem: Problem, kernel: str, arch: str) -> Job:
+def corner(problem: Problem, role: str, arch: str) -> Job:
     """Return the config of the largest predicted shared memory, of eight warps: fewer spill, and compile for long."""
-    space = spaces(problem, DEVICES[arch])[kernel]
+    space = spaces(problem, DEVICES[arch])[role]
     assert space is not None
     wide = [config for config in space if config["num_warps"] == 8]
-    config = max(wide, key=lambda config: predicted(problem, kernel, DEVICES[arch], config))
-    return Job(problem=problem, kernel=kernel, arch=arch, config=config, why="corner")
+    config = max(wide, key=lambda config: predicted(problem, role, DEVICES[arch], config))
+    return Job(problem=problem, role=role, arch=arch, config=config, why="corner")
 
 
 def wanted() -> list[Job]:
     defaults = [job for job in jobs(DEFAULTS, ARCHS, limit=0) if job.why == "default"]
-    combined = {job.arch: job for job in jobs([DECODE], ARCHS, limit=0) if job.kernel == "combine"}
-    tight = [corner(BASE, kernel, arch) for arch in ARCHS for kernel in ("forward", "dkdv", "dq")]
+    combined = {job.arch: job for job in jobs([DECODE], ARCHS, limit=0) if job.role == "combine"}
+    tight = [corner(BASE, role, arch) for arch in ARCHS for role in ("forward", "dkdv", "dq")]
     return [*defaults, *combined.values(), *winning(ARCHS), *tight]
 
 
@@ -58,9 +56,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 
 def test_defaults_corners_and_winners_compile_and_fit(rows: list[Row]) -> None:
-    compiled = {(row.job.kernel, row.job.arch) for row in rows}
-    on_both = [kernel for kernel in offline.KERNELS if not kernel.startswith("hopper")]
-    assert compiled == set(itertools.product(on_both, ARCHS)) | {(kernel, "sm_90") for kernel in hopper_spaces.KERNELS}
+    assert {(row.job.role, row.job.arch) for row in rows} == {
+        (role, arch) for role in offline.KERNELS for arch in ARCHS if arch == "sm_90" or "hopper" not in role
+    }
     assert {config for _, _, config in winners(RESULTS)} <= {row.job.config for row in rows}
     for row in rows:
         assert row.outcome is Outcome.OK, f"{row.job}: {row.message}"
@@ -71,9 +69,9 @@ def test_defaults_corners_and_winners_compile_and_fit(rows: list[Row]) -> None:
 def test_shared_memory_is_what_the_space_counts_with(rows: list[Row]) -> None:
     exact = 0
     for row in rows:
-        if row.job.config is None or row.job.kernel == "combine":
+        if row.job.config is None or row.job.role == "combine":
             continue
-        counted = predicted(row.job.problem, row.job.kernel, DEVICES[row.job.arch], row.job.config)
+        counted = predicted(row.job.problem, row.job.role, DEVICES[row.job.arch], row.job.config)
         assert row.shared_memory <= counted, f"{row.job}: {counted} counted, {row.shared_memory} used"
         assert counted <= 1.6 * row.shared_memory, f"{row.job}: {counted} counted, {row.shared_memory} used"
         exact += counted == row.shared_memory
@@ -85,7 +83,7 @@ def test_shared_memory_is_what_the_space_counts_with(rows: list[Row]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    kernel: str
+    role: str
     problem: Problem
     config: Config | None
     capability: int = 80
@@ -107,7 +105,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    given = [(case.kernel, case.problem.key, case.config, case.capability, case.available) for case in CASES.values()]
+    given = [(case.role, case.problem.key, case.config, case.capability, case.available) for case in CASES.values()]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py"))],
         input=codec.canonical(given).decode(),
@@ -161,3 +159,20 @@ def test_tensors_without_data_are_those_of_a_real_call() -> None:
                 assert other.dtype == one.dtype, name
                 assert other.shape[1:] == one.shape[1:], name
                 assert other.stride() == one.stride(), name
+
+
+def test_packed_tensors_without_data_are_those_of_a_real_call() -> None:
+    import torch
+
+    from tilewise.kernels.inputs import random_call
+
+    problem = replace(BASE, batch=3, varlen=True)
+    real, empty = random_call(problem, torch.device("cpu"), seed=0), offline.call_without_data(problem)
+    pairs = [(getattr(real, name), getattr(empty, name)) for name in ("query", "key", "value")]
+    for one, other in pairs:
+        assert (other.dtype, other.shape[1:], other.stride()) == (one.dtype, one.shape[1:], one.stride())
+    assert real.cu_seqlens is not None
+    assert empty.cu_seqlens is not None
+    for one, other in zip(real.cu_seqlens, empty.cu_seqlens, strict=True):
+        assert (other.dtype, other.shape) == (one.dtype, one.shape)
+    assert empty.kv_lengths is None
