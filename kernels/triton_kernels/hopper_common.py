@@ -96,6 +96,11 @@ class Options:
         """Whether scores are the scaled products, but for window and length."""
         return self.mask == 0 and not self.alibi and not self.softcap
 
+    @property
+    def direct(self) -> bool:
+        """Whether, besides, no weight is dropped."""
+        return self.plain and not self.dropout
+
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
