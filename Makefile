@@ -1,5 +1,6 @@
 # make demo    tune two problems on this machine, serve them, and run a layer with the answers
 # make test    every test
+# make test-gpu    the tests that need a GPU, a process per core: most of their time is compilation
 # make check   what a change must pass: format, lint, types, tests
 # The first use makes .venv with the tested set; later ones need no network.
 
@@ -34,7 +35,7 @@ test: $(INSTALLED)
 	$(PY) -m pytest
 
 test-gpu: $(INSTALLED)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu -n auto --maxprocesses=14 --dist=worksteal
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .

@@ -9,6 +9,7 @@ from .errors import ProblemError
 
 BUCKET_VERSION = 1
 MAX_DECODE_Q_LEN = 16
+MAX_WINDOW = (1 << 30) - 1  # kernels add lengths to it in 32 bits
 
 
 class Pass(enum.StrEnum):
@@ -122,9 +123,11 @@ class Problem:
                 f"heads must be a multiple of kv_heads, got heads={self.heads} and kv_heads={self.kv_heads}; "
                 "use a kv_heads that divides heads (kv_heads = heads is plain multi-head attention)"
             )
-        if self.window is not None and (len(self.window) != 2 or min(self.window) < -1):
+        if self.window is not None and (
+            len(self.window) != 2 or not all(type(side) is int and -1 <= side <= MAX_WINDOW for side in self.window)
+        ):
             raise ProblemError(
-                f"window: expected (left, right), each -1 (unbounded) or at least 0, got {self.window!r}"
+                f"window: expected (left, right), each -1 (unbounded) or from 0 to {MAX_WINDOW}, got {self.window!r}"
             )
         if not _MASK.fullmatch(self.mask):
             raise ProblemError(f"mask: expected none, bool or bias, with .b1h1q1k1 as it broadcasts, got {self.mask!r}")

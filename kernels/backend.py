@@ -13,6 +13,7 @@ from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import SearchSpace
 
+from . import dropout
 from .call import Call
 
 
@@ -34,6 +35,7 @@ class Backend(abc.ABC):
     - has_backward: its gradients are those of its own `backward`; where neither holds, `kernels.run` recomputes through
       torch.
     - gives_lse: `forward` returns the LSE.
+    - max_head_dim: the largest head_dim and v_head_dim that its kernels have on any device.
     - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
       cannot afford that skips the backend.
     """
@@ -42,6 +44,7 @@ class Backend(abc.ABC):
     differentiable: ClassVar[bool] = False
     has_backward: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
+    max_head_dim: ClassVar[int | None] = None
     compile_seconds: ClassVar[float] = 0.0
 
     @abc.abstractmethod
@@ -84,6 +87,14 @@ class Backend(abc.ABC):
     ) -> Gradients:
         """Return the gradients, for the result and LSE that `saving_forward` gave; only where it `saves`."""
         raise UnsupportedError(f"{candidate} has no backward of its own; kernels.run recomputes {call.problem.key}")
+
+    def kept_weights(self, call: Call, config: Config | None) -> torch.Tensor:
+        """Return which weights (B, H, Q, K), bool, the forward keeps for the dropout and seed of `call`.
+
+        Recovered from the forward unless a backend knows its mask (`kernels.dropout.recovered`); raises
+        UnsupportedError where it cannot be.
+        """
+        return dropout.recovered(call, lambda probe: self.forward(probe, config)[0])
 
     def default(self, problem: Problem, device: Device) -> Candidate:
         """Return this backend with the default config of every role."""

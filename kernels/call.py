@@ -9,6 +9,7 @@ from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 
 TORCH_DTYPES = {Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16, Dtype.FP32: torch.float32}
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+FLOATING = (*DTYPES, torch.float64)  # of biases and slopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,17 @@ def check_tensors(
         raise InputError(f"expected {len(names)} dimensions ({', '.join(names)}), got {shapes}")
     if query.dtype not in DTYPES:
         raise InputError(
-            f"expected float16, bfloat16 or float32, got {query.dtype}; "
+            f"expected float16, bfloat16 or float32, got {query.dtype} ({shapes}); "
             "for other dtypes use tilewise.kernels.reference.attention"
         )
     if not query.dtype == key.dtype == value.dtype:
-        raise InputError(f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}")
+        raise InputError(
+            f"expected one dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype} ({shapes})"
+        )
     if not query.device == key.device == value.device:
-        raise InputError(f"expected one device, got query {query.device}, key {key.device}, value {value.device}")
+        raise InputError(
+            f"expected one device, got query {query.device}, key {key.device}, value {value.device} ({shapes})"
+        )
     if not packed and (key.shape[0] != value.shape[0] or (not paged and query.shape[0] != key.shape[0])):
         raise InputError(f"expected one {'number of pages' if paged else 'batch size'}, got {shapes}")
     if key.shape[-3:-1] != value.shape[-3:-1]:
@@ -130,7 +135,8 @@ def check_cache(
     for name, tensor in (("lengths", kv_lengths), ("block_table", block_table)):
         if tensor is not None and (tensor.dtype is not torch.int32 or tensor.device != query.device):
             raise InputError(
-                f"{name}: expected int32 on {query.device} like query, got {tensor.dtype} on {tensor.device}"
+                f"{name}: expected int32 on {query.device} like query, got {tensor.dtype} {tuple(tensor.shape)} on "
+                f"{tensor.device}"
             )
 
 
@@ -164,16 +170,17 @@ def check_cache_values(call: Call) -> None:
 def check_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raise InputError unless `mask` is bool or floating and broadcasts to (B, H, Q, K)."""
     full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    if mask.dtype is not torch.bool and not mask.is_floating_point():
-        raise InputError(f"mask: expected bool (True = attend) or additive floating point, got {mask.dtype}")
+    shape = tuple(mask.shape)
+    if mask.dtype is not torch.bool and mask.dtype not in FLOATING:
+        raise InputError(f"mask: expected bool (True = attend) or additive floating point, got {mask.dtype} {shape}")
     if mask.device != query.device:
-        raise InputError(f"mask: expected it on {query.device} like query, got {mask.device}")
+        raise InputError(f"mask: expected it on {query.device} like query, got {shape} on {mask.device}")
     fits = mask.dim() <= 4 and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
     )
     if not fits:
         raise InputError(
-            f"mask: expected a shape that broadcasts to (batch, heads, q_len, kv_len) = {full}, got {tuple(mask.shape)}"
+            f"mask: expected a shape that broadcasts to (batch, heads, q_len, kv_len) = {full}, got {shape}"
         )
 
 

@@ -11,6 +11,9 @@ from tilewise.domain.problem import MAX_DECODE_Q_LEN, Layout, Problem
 from .call import TORCH_DTYPES, Call
 
 SOFTCAP = 30.0
+DROPOUT = 0.1
+DROPOUT_SEED = 1 << 61  # seeds count from here: they must not be cut to 32 bits
+WIDE_TILE = 128  # keys: no kernel's default tile is wider
 SPARE_PAGES = 3  # of a paged cache: held by no row
 NO_PAGE = 2**31 - 1  # a table entry that must not be followed
 
@@ -18,8 +21,10 @@ NO_PAGE = 2**31 - 1  # a table entry that must not be followed
 def random_call(problem: Problem, device: torch.device, *, seed: int, empty: bool = False) -> Call:
     """Return a Call for `problem` with standard normal tensors, the same for the same seed and device.
 
-    A bool mask leaves 4 of 5 pairs, masks every eighth row of queries wholly and the first half of the keys for
-    another; slopes are those of the ALiBi paper (Press et al. 2022, section 3); softcap is 30.
+    A bool mask leaves 4 of 5 pairs, a bias is standard normal; both mask every eighth row of queries wholly, and the
+    first keys, tiles of them where there are many, for another eighth and for the third quarter of the queries. A mask
+    of one row hides the first keys, and all keys from the last batch entry or head where there are several. Slopes are
+    those of the ALiBi paper (Press et al. 2022, section 3); softcap is 30; dropout is 0.1.
 
     Decoding: lengths are full, 0 and 1 for the first rows and random for the others; pages are shuffled; places of a
     cache that are never read hold NaN, and table entries of such pages do not exist.
@@ -29,10 +34,8 @@ def random_call(problem: Problem, device: torch.device, *, seed: int, empty: boo
     queries and keys where q_len and kv_len are. With `empty` the second has no queries, the third no keys, and the
     fourth neither.
 
-    Raises UnsupportedError for dropout, packed sequences with a mask, and pages with more than 16 queries.
+    Raises UnsupportedError for packed sequences with a mask, and pages with more than 16 queries.
     """
-    if problem.dropout:
-        raise UnsupportedError(f"{problem.key}: dropout problems cannot be tuned yet; tune the same problem without")
     if problem.page_size and problem.q_len > MAX_DECODE_Q_LEN:
         raise UnsupportedError(f"{problem.key}: inputs with pages can be made for q_len up to 16 only")
     if problem.packed:
@@ -64,6 +67,8 @@ def random_call(problem: Problem, device: torch.device, *, seed: int, empty: boo
         mask=_mask(problem, generator, device),
         alibi_slopes=_slopes(problem.heads, device) if problem.alibi else None,
         softcap=SOFTCAP if problem.softcap else 0.0,
+        dropout=DROPOUT if problem.dropout else 0.0,
+        seed=DROPOUT_SEED + seed,
         kv_lengths=lengths,
         block_table=table,
     )
@@ -95,6 +100,8 @@ def _packed_call(problem: Problem, device: torch.device, seed: int, empty: bool)
         scale=problem.head_dim**-0.5,
         alibi_slopes=_slopes(problem.heads, device) if problem.alibi else None,
         softcap=SOFTCAP if problem.softcap else 0.0,
+        dropout=DROPOUT if problem.dropout else 0.0,
+        seed=DROPOUT_SEED + seed,
         cu_seqlens=(cu_q, cu_kv),
     )
 
@@ -151,11 +158,26 @@ def _mask(problem: Problem, generator: torch.Generator, device: torch.device) ->
     full = (("b1", problem.batch), ("h1", problem.heads), ("q1", problem.q_len), ("k1", problem.kv_len))
     shape = [1 if name in broadcast else size for name, size in full]
     if kind == "bias":
-        return torch.randn(shape, generator=generator, device=device, dtype=TORCH_DTYPES[problem.dtype])
-    mask = torch.rand(shape, generator=generator, device=device) < 0.8
-    mask[:, :, 7::8] = False
-    mask[:, :, 3::8, : shape[3] // 2] = False
+        mask = torch.randn(shape, generator=generator, device=device, dtype=TORCH_DTYPES[problem.dtype])
+        _hide(mask, -torch.inf)
+    else:
+        mask = torch.rand(shape, generator=generator, device=device) < 0.8
+        _hide(mask, False)
     return mask
+
+
+def _hide(mask: torch.Tensor, nothing: float) -> None:
+    """Write `nothing`, which no query attends, over whole rows of `mask` and over the first keys of others."""
+    rows, keys = mask.shape[2:]
+    first = max(WIDE_TILE, keys // 2) if keys > WIDE_TILE else keys // 2
+    if rows == 1:  # a mask of the keys, as of a padded batch
+        planes = mask.view(-1, keys)
+        planes[0, :first] = nothing
+        planes[1:][-1:] = nothing
+        return
+    mask[:, :, rows // 2 : rows * 3 // 4, :first] = nothing
+    mask[:, :, 3::8, :first] = nothing
+    mask[:, :, 7::8] = nothing
 
 
 def _slopes(heads: int, device: torch.device) -> torch.Tensor:

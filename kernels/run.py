@@ -31,12 +31,28 @@ def run(call: Call, candidate: Candidate) -> Result:
     if torch.is_autocast_enabled(kind):  # the tensors have their dtypes: what is computed is what the problem says
         with torch.autocast(kind, enabled=False):
             return run(call, candidate)
+    call = _as_stored(call)
     backend = backend_named(candidate.backend)
     if call.problem.pass_ is Pass.INFERENCE or backend.differentiable:
         out, lse = backend.forward(call, candidate.config())
         return out, None if lse is None else lse.detach()
     out, lse = _Attention.apply(call.query, call.key, call.value, call.mask, call, candidate)
     return out, lse
+
+
+def _as_stored(call: Call) -> Call:
+    """Return `call` with tensors whose memory holds their values: torch may keep a sign as a mere flag of a view."""
+    tensors = call.query, call.key, call.value, call.mask, call.alibi_slopes
+    if not any(tensor is not None and tensor.is_neg() for tensor in tensors):
+        return call
+    return replace(
+        call,
+        query=call.query.resolve_neg(),
+        key=call.key.resolve_neg(),
+        value=call.value.resolve_neg(),
+        mask=None if call.mask is None else call.mask.resolve_neg(),
+        alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.resolve_neg(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +89,8 @@ def backward(
     with _own_dtypes(call):
         if not ran.saved:
             return _recomputed(call, ran.candidate, grad_out, needs)
-        return backend_named(ran.candidate.backend).backward(call, out, lse, grad_out, ran.candidate)
+        backend = backend_named(ran.candidate.backend)
+        return backend.backward(call, out, lse, grad_out.resolve_neg(), ran.candidate)
 
 
 def _own_dtypes(call: Call) -> contextlib.AbstractContextManager[object]:

@@ -1,6 +1,5 @@
 """tilewise.attention: scaled dot-product attention by the fastest known way on this device."""
 
-import math
 import os
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
@@ -10,11 +9,12 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Layout, Pass, Precision, Problem
-from tilewise.kernels.call import DTYPES, Call, check_mask, check_tensors, mask_pattern
+from tilewise.kernels.call import DTYPES, FLOATING, Call, check_mask, check_tensors, mask_pattern
 from tilewise.kernels.packed import Cumulative, check_lengths, check_packed
 from tilewise.kernels.run import run
 
 from . import session
+from .checks import check_choice, check_dense, check_learning, check_numbers, check_window
 from .resolve import Resolved, demote, resolve
 
 MEMO_LIMIT = 65_536
@@ -57,8 +57,8 @@ def attention(
     - mask: bool (True = attend) or additive float, any shape that broadcasts to (B, H, Q, K); a float mask that
       requires grad gets one.
     - alibi_slopes: (H,) or (B, H); adds -slope * |i + K - Q - j|. softcap: 0 for none. scale: D ** -0.5 by default.
-    - dropout: share of the weights set to 0, the rest scaled by 1 / (1 - dropout). seed: the same seed drops the same
-      weights; by default it is drawn from torch's CPU generator, which activation checkpointing restores.
+    - dropout: share of the weights set to 0, the rest scaled by 1 / (1 - dropout). seed: 0 to 2**63 - 1, the same seed
+      drops the same weights; by default drawn from torch's CPU generator, which activation checkpointing restores.
     - cu_seqlens: (cu_q, cu_kv), int32 (B + 1,) on the same device, of B sequences packed one behind the other: query
       (total_q, H, D), key (total_kv, Hkv, D), value (total_kv, Hkv, Dv), the result (total_q, H, Dv). Sequence b has
       the queries cu_q[b]..cu_q[b + 1] and the keys cu_kv[b]..cu_kv[b + 1], perhaps none; Q and K above are its own.
@@ -75,17 +75,24 @@ def attention(
 
     torch.compile and torch.export keep the call as an operator that looks the answer up at run time: `layers.ops`.
 
-    Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
+    Raises InputError, naming the shapes, for tensors that do not fit together or are not dense and plain, for numbers
+    out of range, and for a head_dim above what the kernels of a named backend have; ConfigError for an unknown backend;
     and with strict=True UnsupportedError and whatever the backend raises. While a graph is compiled, torch raises an
     error of its own with that message in it.
     """
-    # checked here: what follows takes them for granted, and the memo keeps only whether there is a softcap
-    if not 0 <= softcap < math.inf:
-        raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout}")
-    if window is not None and type(window) is not tuple:
-        raise InputError(f"window: expected a tuple (left, right), got {window!r}")
+    check_numbers(softcap, dropout, scale, seed, window)
+    check_dense("query", query)
+    check_dense("key", key)
+    check_dense("value", value)
+    if mask is not None:
+        check_dense("mask", mask)
+    if alibi_slopes is not None:
+        check_dense("alibi_slopes", alibi_slopes)
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"alibi_slopes: {tuple(alibi_slopes.shape)} get no gradient; give alibi_slopes.detach(), or a mask of "
+                "biases that requires grad"
+            )
     if cu_seqlens is None and (max_q is not None or max_kv is not None):
         raise InputError(f"max_q and max_kv belong to cu_seqlens, got {max_q} and {max_kv} without; leave them out")
     packed = None if cu_seqlens is None else (cu_seqlens, max_q, max_kv)
@@ -97,6 +104,8 @@ def attention(
     learns = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
     )
+    if learns:
+        check_learning(query=query, key=key, value=value, mask=mask, alibi_slopes=alibi_slopes)
     options = (causal, window, layout, precision, deterministic, backend, return_lse, strict)
     if torch.compiler.is_compiling():
         from . import ops  # which needs this module
@@ -162,10 +171,16 @@ def prepare(
         shapes, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, mask_key, slopes_key,
         softcap > 0, dropout > 0, options, learns,
     )  # fmt: skip
-    resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
+    try:
+        resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
+    except TypeError:  # an option that has no hash; the checks say which
+        resolved = None
     if resolved is None:
         causal, window, layout, precision, deterministic, backend, return_lse, strict = options
         check(query, key, value, packed, mask, alibi_slopes, window, layout, precision)
+        check_choice(
+            backend, query, value, causal=causal, return_lse=return_lse, deterministic=deterministic, strict=strict
+        )
         problem = problem_of(
             query, key, value, sizes, causal, window, mask, alibi_slopes is not None, softcap > 0, dropout > 0, layout,
             precision, deterministic, learns, bias_grad,
@@ -261,8 +276,8 @@ def check(
         raise InputError(f"layout: expected 'bshd' or 'bhsd', got {layout!r}")
     if precision not in list(Precision):
         raise InputError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
-    if window is not None and (len(window) != 2 or not all(type(side) is int and side >= -1 for side in window)):
-        raise InputError(f"window: expected (left, right), each -1 (unbounded) or at least 0, got {window!r}")
+    if window is not None:
+        check_window(window)
     if packed is None:
         check_tensors(query, key, value)
         batch = query.shape[0]
@@ -294,15 +309,13 @@ def _check_packed(
 
 
 def _check_slopes(alibi_slopes: torch.Tensor, query: torch.Tensor, batch: int) -> None:
-    heads = query.shape[-2]
-    if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise InputError(
-            f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
-        )
-    if not alibi_slopes.is_floating_point() or alibi_slopes.device != query.device:
+    heads, shape = query.shape[-2], tuple(alibi_slopes.shape)
+    if shape not in ((heads,), (batch, heads)):
+        raise InputError(f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {shape}")
+    if alibi_slopes.dtype not in FLOATING or alibi_slopes.device != query.device:
         raise InputError(
             f"alibi_slopes: expected floating point on {query.device} like query, "
-            f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
+            f"got {alibi_slopes.dtype} {shape} on {alibi_slopes.device}"
         )
 
 

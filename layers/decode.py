@@ -1,6 +1,5 @@
 """tilewise.decode: a few new queries against a cache of keys and values, by the fastest known way on this device."""
 
-import math
 from collections.abc import Hashable
 
 import torch
@@ -12,6 +11,7 @@ from tilewise.kernels.run import Result, run
 
 from . import session
 from .attention import MEMO_LIMIT, looks_at_values, run_resolved
+from .checks import check_choice, check_dense, check_numbers
 from .resolve import Resolved, resolve
 
 _resolved: dict[Hashable, Resolved] = {}
@@ -49,13 +49,18 @@ def decode(
     lengths and block_table on a GPU are looked at only where the variable TILEWISE_DEBUG is 1. Where nothing was
     measured, torch's SDPA computes it on a cleaned copy of a contiguous cache, and its plain form the rest.
 
-    Raises InputError, naming the shapes, for tensors that do not fit together, ConfigError for an unknown backend,
+    Raises InputError, naming the shapes, for tensors that do not fit together or are not dense and plain, for numbers
+    out of range, and for a head_dim above what the kernels of a named backend have; ConfigError for an unknown backend;
     and with strict=True UnsupportedError and whatever the backend raises.
     """
-    if not 0 <= softcap < math.inf:
-        raise InputError(f"softcap: expected 0 (none) or more, got {softcap}")
-    if window is not None and not _is_window(window):
-        raise InputError(f"window: expected (left, right), each -1 (unbounded) or at least 0, got {window!r}")
+    check_numbers(softcap, 0.0, scale, None, window)
+    check_dense("query", query)
+    check_dense("key_cache", key_cache)
+    check_dense("value_cache", value_cache)
+    if lengths is not None:
+        check_dense("lengths", lengths)
+    if block_table is not None:
+        check_dense("block_table", block_table)
     if torch.is_grad_enabled() and (query.requires_grad or key_cache.requires_grad or value_cache.requires_grad):
         raise InputError("decode has no gradients: call it under torch.no_grad(), or use tilewise.attention")
     given = (query, key_cache, value_cache, lengths, block_table, window, softcap, scale, return_lse, backend, strict)
@@ -90,9 +95,13 @@ def attend(
         value_cache.dtype, query.device, key_cache.device, value_cache.device, _looks(lengths), _looks(block_table),
         window, softcap > 0, return_lse, backend, strict,
     )  # fmt: skip
-    resolved = _resolved.get(memo_key)
+    try:
+        resolved = _resolved.get(memo_key)
+    except TypeError:  # an option that has no hash; the checks say which
+        resolved = None
     if resolved is None:
         check_cache(query, key_cache, value_cache, lengths, block_table)
+        check_choice(backend, query, value_cache, return_lse=return_lse, strict=strict)
         problem = _problem(query, key_cache, value_cache, lengths, block_table, window, softcap > 0)
         resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
         if len(_resolved) >= MEMO_LIMIT:
@@ -115,10 +124,6 @@ def attend(
 
 def _looks(tensor: torch.Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-
-
-def _is_window(window: object) -> bool:
-    return isinstance(window, tuple) and len(window) == 2 and all(type(side) is int and side >= -1 for side in window)
 
 
 def _problem(

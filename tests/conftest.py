@@ -4,6 +4,7 @@ Without a GPU, Triton kernels run in Triton's interpreter; the switch must be se
 the PostgreSQL server are imported where they are used: a GPU machine runs its tests without them.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def freed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give a test's memory back to the GPU: with pytest -n many processes share it."""
+    yield
+    if has_cuda() and request.node.get_closest_marker("gpu"):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

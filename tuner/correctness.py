@@ -13,7 +13,7 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Pass, Problem
 from tilewise.domain.trial import NumericError
 from tilewise.kernels import device as devices
-from tilewise.kernels import reference
+from tilewise.kernels import dropout, reference
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.call import Call
 from tilewise.kernels.inputs import random_call
@@ -23,6 +23,8 @@ from .steps import GRADIENTS, results
 RAGGED_Q_LEN, RAGGED_KV_LEN = 211, 173
 PACKED_BATCH = 6  # the longest, three that lack queries, keys or both, and two more
 HOPELESS = 1e30  # times the bound; not infinity, which JSON does not have and the database refuses
+HALF = 0.5  # dropout of one small case, beside the share that is timed
+SIGMAS = 5.0  # that a dropout mask may depart from independent draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,20 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Case:
+    """One call to check. `bounds` is empty with dropout: what is right depends on the mask that a backend draws."""
+
     name: str
     call: Call
     grad_out: torch.Tensor | None
+    bounds: dict[str, Bound]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A dropout mask of a case (B, H, Q, K), its departures from independent draws, and what is right with it."""
+
+    keep: torch.Tensor
+    departures: dict[str, float]
     bounds: dict[str, Bound]
 
 
@@ -63,14 +76,22 @@ class Checker:
     queries, keys or both. The bound per tensor: RMS and maximum
     error at most twice those of matmul, softmax, matmul in the input dtype, plus a floor of two units in the last
     place of max|reference| (one of its RMS) and eight (four) of float32.
+
+    With dropout (0.1, and 0.5 in one more small case) every backend draws a mask of its own. It is recovered; how many
+    weights it keeps, its sums along each dimension and what it has in common with another seed's may depart by 5
+    standard deviations from independent draws; and result and gradients are compared with float64's for this mask.
     """
 
     def __init__(self, problem: Problem, device: torch.device, *, seed: int) -> None:
         self._device = devices.describe(device)
-        self.cases = tuple(
-            _case(name, random_call(of_case, device, seed=seed, empty=of_case is not problem), seed)
+        calls = {
+            name: random_call(of_case, device, seed=seed, empty=of_case is not problem)
             for name, of_case in _cases(problem).items()
-        )
+        }
+        if problem.dropout:
+            calls["half dropped"] = replace([*calls.values()][-1], dropout=HALF)
+        self.cases = tuple(_case(name, call, seed) for name, call in calls.items())
+        self._drawn: dict[tuple[str, str], _Drawn] = {}
 
     def main_only(self) -> "Checker":
         """Return a checker of the problem itself alone, on the same tensors."""
@@ -93,13 +114,29 @@ class Checker:
         for case in self.cases:
             if case is not self.main and backend.supports(case.call.problem, self._device) is not None:
                 continue
+            drawn = self._draw(case, candidate) if case.call.dropout > 0 else None
             with poisoned_empty():
                 found = results(case.call, candidate, case.grad_out)
-            for name, tensor in found.items():
-                share = case.bounds[name].share(tensor)
+            bounds = case.bounds if drawn is None else drawn.bounds
+            shares = {name: bounds[name].share(tensor) for name, tensor in found.items()}
+            if drawn is not None:
+                shares |= {f"dropout by {name}": abs(off) / SIGMAS for name, off in drawn.departures.items()}
+            for name, share in shares.items():
                 if not share <= worst.worst:
                     worst = NumericError(worst=share, tensor=name, case=case.name)
         return worst
+
+    def _draw(self, case: Case, candidate: Candidate) -> _Drawn:
+        """Return the mask that `candidate` draws for `case`; what is right with it is computed once per mask."""
+        backend, config, call = backend_named(candidate.backend), candidate.config(), case.call
+        keep = backend.kept_weights(call, config)
+        drawn = self._drawn.get((case.name, candidate.backend))
+        if drawn is None or not torch.equal(drawn.keep, keep):
+            other = backend.kept_weights(replace(call, seed=call.seed + 1), config)
+            departures = dropout.departures(keep, other, dropout.attended(call), call.dropout)
+            drawn = _Drawn(keep, departures, _bounds(call, case.grad_out, keep))
+            self._drawn[case.name, candidate.backend] = drawn
+        return drawn
 
 
 @contextlib.contextmanager
@@ -149,18 +186,28 @@ def _small(problem: Problem, q_len: int, kv_len: int) -> Problem:
 
 
 def _case(name: str, call: Call, seed: int) -> Case:
-    out, lse = reference.attention(call)
-    exact = {"out": out, "lse": lse}
-    out, lse = reference.attention(call, dtype=call.query.dtype)
-    plain = {"out": out, "lse": lse}
     grad_out = None
     if call.problem.pass_ is Pass.TRAINING:
         generator = torch.Generator(call.query.device).manual_seed(seed + 1)
-        grad_out = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
-        exact.update(zip(GRADIENTS, reference.gradients(call, grad_out), strict=False))
-        plain.update(zip(GRADIENTS, reference.gradients(call, grad_out, dtype=out.dtype), strict=False))
-    bounds = {tensor: _bound(exact[tensor], plain[tensor], call.query.dtype) for tensor in exact}
-    return Case(name=name, call=call, grad_out=grad_out, bounds=bounds)
+        shape = (*call.query.shape[:-1], call.problem.v_head_dim)
+        grad_out = torch.randn(shape, generator=generator, device=call.query.device, dtype=call.query.dtype)
+    return Case(name, call, grad_out, _bounds(call, grad_out, None) if call.dropout == 0 else {})
+
+
+def _bounds(call: Call, grad_out: torch.Tensor | None, keep: torch.Tensor | None) -> dict[str, Bound]:
+    """Return what is right by tensor name, with the weights that dropout keeps where there is dropout."""
+    exact, plain = _expected(call, torch.float64, grad_out, keep), _expected(call, call.query.dtype, grad_out, keep)
+    return {name: _bound(exact[name], plain[name], call.query.dtype) for name in exact}
+
+
+def _expected(
+    call: Call, dtype: torch.dtype, grad_out: torch.Tensor | None, keep: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    out, lse = reference.attention(call, dtype=dtype, keep=keep)
+    found = {"out": out, "lse": lse}
+    if grad_out is not None:
+        found.update(zip(GRADIENTS, reference.gradients(call, grad_out, dtype=dtype, keep=keep), strict=False))
+    return found
 
 
 def _bound(exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> Bound:

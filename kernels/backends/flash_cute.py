@@ -74,6 +74,10 @@ class FlashCute(Backend):
         return {"forward": _space(problem.head_dim, problem.v_head_dim, group, family, device.shared_memory)}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with torch.cuda.device_of(call.query):  # it launches on the current device, whatever the tensors are on
+            return self._forward(call, config)
+
+    def _forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
             interface = _interface()
         except ImportError as error:

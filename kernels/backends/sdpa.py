@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device, DeviceKind
-from tilewise.domain.problem import Dtype, Problem
+from tilewise.domain.problem import Dtype, Pass, Problem
 
 from ..backend import Backend, Gradients, unsupported_feature
 from ..cache import flattened, unsupported_cache
@@ -195,14 +195,18 @@ def _needs_mask(problem: Problem) -> bool:
 
 @contextlib.contextmanager
 def _seeded(call: Call) -> Iterator[None]:
-    """Within, torch's generators start from the call's seed, so that the same seed drops the same weights."""
+    """Within, the device's generator starts from the call's seed, so that the same seed drops the same weights."""
     if call.dropout == 0:
         yield
         return
     device = call.query.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(call.seed)
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(call.seed)
+    try:
         yield
+    finally:
+        generator.set_state(state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +214,8 @@ class _Given:
     """What SDPA is told about who attends whom.
 
     empty_rows, broadcastable to (B, H, Q, 1), are the queries with nothing to attend: SDPA's CUDA kernels give such
-    rows an average of the values, so they are set to 0 afterwards. An additive mask is not searched for them.
+    rows an average of the values, or NaN, so they are set to 0 afterwards. For a training step an additive mask lets
+    such a row attend everything, so that its backward meets no NaN either.
     """
 
     mask: torch.Tensor | None
@@ -238,6 +243,10 @@ def _given(call: Call) -> _Given:
         mask = reach if mask is None else mask.masked_fill(~reach, -torch.inf)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(call.query.dtype)
+        if call.mask is not None and not call.mask_is_bool:
+            empty = mask.detach().amax(-1, keepdim=True) == -torch.inf
+        if empty is not None and problem.pass_ is Pass.TRAINING:
+            mask = mask.masked_fill(empty, 0)
     return _Given(mask, False, empty)
 
 

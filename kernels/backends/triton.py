@@ -27,14 +27,15 @@ class Triton(Backend):
     name = "triton"
     has_backward = True
     gives_lse = True
+    max_head_dim = 256
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         if device.kind is not DeviceKind.CUDA:
             return "needs a CUDA device"
         if device.capability < 80:
             return f"needs sm_80 or newer, this is {device.arch}"
-        if max(problem.head_dim, problem.v_head_dim) > 256:
-            return "needs head_dim of at most 256"
+        if max(problem.head_dim, problem.v_head_dim) > self.max_head_dim:
+            return f"needs head_dim of at most {self.max_head_dim}"
         return unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
@@ -76,6 +77,11 @@ class Triton(Backend):
         grad_query = by_dq(prepared, dq)
         grad_mask = launch_dbias(prepared) if call.problem.bias_grad else None
         return Gradients(grad_query, grad_key, grad_value, grad_mask)
+
+    def kept_weights(self, call: Call, config: Config | None) -> torch.Tensor:  # noqa: ARG002
+        from ..triton_kernels.common import dropout_mask
+
+        return dropout_mask(call)
 
     def _config(self, call: Call, role: str) -> Config:
         """Return the default for a call whose candidate names no config: small enough for any sm_80 device."""

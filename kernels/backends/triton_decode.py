@@ -31,6 +31,7 @@ class TritonDecode(Backend):
 
     name = KERNEL
     gives_lse = True
+    max_head_dim = 256
 
     def supports(self, problem: Problem, device: Device) -> str | None:
         if device.kind is not DeviceKind.CUDA:
@@ -48,12 +49,13 @@ class TritonDecode(Backend):
         from ..triton_kernels.decode import launch
 
         config = config or _default(call.problem, devices.describe(call.query.device).units)
+        lengths, table = call.kv_lengths, call.block_table
         return launch(
             call.query,
             call.key,
             call.value,
-            call.kv_lengths,
-            call.block_table,
+            None if lengths is None else lengths.contiguous(),
+            table if table is None or table.stride(1) == 1 else table.contiguous(),
             kv_len=call.problem.kv_len,
             scale=call.scale,
             window=call.window,
@@ -75,8 +77,8 @@ def _why_not(problem: Problem) -> str | None:
         return f"needs q_len of at most {MAX_DECODE_Q_LEN}"
     if rows > most:
         return f"needs q_len * heads / kv_heads of at most {most} ({problem.dtype}), this is {rows}"
-    if max(problem.head_dim, problem.v_head_dim) > 256:
-        return "needs head_dim of at most 256"
+    if max(problem.head_dim, problem.v_head_dim) > TritonDecode.max_head_dim:
+        return f"needs head_dim of at most {TritonDecode.max_head_dim}"
     if problem.page_size % 16:
         return "needs a page_size in multiples of 16"
     return unsupported_feature(problem, "mask", "alibi", "dropout")

@@ -83,6 +83,16 @@ def test_tune_json_is_one_document(run: Cli) -> None:
     assert [item["problem"] for item in document["answers"]] == [KEY]
 
 
+def test_a_training_step_with_dropout_is_tuned(run: Cli) -> None:
+    key = "training.fp32.b1.h2.kv2.q128.k128.d32.causal.dropout"
+    assert run("tune", "--problem", key, "--device", "cpu", "--trials", "3", "--seconds", "20", "--json") == 0
+    (answer,) = (codec.from_json(Answer, item) for item in json.loads(run.out)["answers"])
+    assert answer.evidence is not None
+    assert (answer.problem.key, answer.evidence.trials, answer.evidence.failed) == (key, 3, 0)
+    assert run("answer", key, "--device", "cpu") == 0
+    assert "match      exact\n" in run.out
+
+
 def test_an_answer_that_nobody_measured_says_what_to_do(run: Cli) -> None:
     assert run("db", "upgrade") == 0
     assert run("answer", KEY, "--device", "cpu") == 0

@@ -20,7 +20,6 @@ from tilewise.kernels.triton_kernels import decode
 from tilewise.tuner.correctness import Checker, poisoned_empty
 
 from .cells import assert_right
-from .test_triton import bfloat16_products  # noqa: F401
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -173,6 +172,18 @@ def test_any_strides(layout: Layout, cache: str) -> None:
     narrow = torch.full((*call.key.shape[:3], 43), torch.nan, dtype=call.key.dtype, device=HERE)
     narrow[..., :40] = call.value
     call = call.with_tensors(call.query, call.key, narrow[..., :40])
+    assert_right(call, *forward_of(call, config_of((16, 2))))
+
+
+def test_lengths_and_tables_of_any_strides() -> None:
+    """A column of a matrix of lengths, and a table that was transposed."""
+    call = random_call(problem_of("gqa", "small pages"), HERE, seed=6)
+    assert call.kv_lengths is not None
+    assert call.block_table is not None
+    lengths = torch.stack([call.kv_lengths, call.kv_lengths.flip(0)], 1)[:, 0]
+    table = call.block_table.T.contiguous().T
+    assert (lengths.stride(), table.stride(0)) == ((2,), 1)
+    call = replace(call, kv_lengths=lengths, block_table=table)
     assert_right(call, *forward_of(call, config_of((16, 2))))
 
 

@@ -24,7 +24,7 @@ from tilewise.tuner.correctness import Checker, poisoned_empty
 
 from .cells import TOLERANCE, assert_right, doubled, this_cpu
 from .test_reference import naive
-from .test_triton import HERE, bfloat16_products, card  # noqa: F401
+from .test_triton import HERE, card
 from .test_triton_cells import PATHS, candidate
 
 CELLS: dict[str, dict[str, Any]] = {

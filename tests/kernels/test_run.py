@@ -11,6 +11,8 @@ from tilewise.domain.config import Candidate, Config
 from tilewise.domain.errors import ConfigError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels import reference
+from tilewise.kernels.backend import Gradients
+from tilewise.kernels.backends import BACKENDS
 from tilewise.kernels.call import Call
 from tilewise.kernels.inputs import random_call
 from tilewise.kernels.run import Ran, backward, forward, run
@@ -150,6 +152,35 @@ def test_an_input_changed_before_backward_is_noticed() -> None:
     leaves[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_kernels_get_the_values_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the imaginary part of a conjugate as a view of what it is the negative of; kernels read memory."""
+    call = training_call("causal")
+    query, key, value, grad_out = (
+        torch.complex(tensor, -tensor).conj().imag for tensor in (call.query, call.key, call.value, grad_of(call))
+    )
+    assert all(tensor.is_neg() for tensor in (query, key, value, grad_out))
+    backend, seen = BACKENDS["cpu_tiled"], []
+    computed = backend.forward
+
+    def watched(call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        seen.extend([call.query, call.key, call.value])
+        return computed(call, config)
+
+    def gradients(call: Call, out: object, lse: object, grad_out: torch.Tensor, candidate: object) -> Gradients:  # noqa: ARG001
+        seen.append(grad_out)
+        return Gradients(call.query, call.key, call.value)
+
+    monkeypatch.setattr(type(backend), "has_backward", True)
+    monkeypatch.setattr(backend, "forward", watched)
+    monkeypatch.setattr(backend, "backward", gradients)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out, _ = run(call.with_tensors(*leaves), TILED)
+    torch.autograd.grad(out, leaves, grad_out)
+    assert not any(tensor.is_neg() for tensor in seen)
+    for tensor, expected in zip(seen, (call.query, call.key, call.value, grad_of(call)), strict=True):
+        assert torch.equal(tensor, expected)
 
 
 # without a graph

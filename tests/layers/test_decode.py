@@ -178,27 +178,6 @@ def test_any_scale() -> None:
     torch.testing.assert_close(decode(call, scale=0.1).double(), reference.attention(call)[0], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"softcap": -1.0}, "softcap: expected 0"),
-        ({"softcap": float("nan")}, "softcap: expected 0"),
-        ({"window": (1, 2, 3)}, "window: expected"),
-        ({"window": (-2, 0)}, "window: expected"),
-        ({"window": [3, 0]}, "window: expected"),
-        ({"lengths": torch.zeros(4, dtype=torch.int32)}, r"lengths: expected shape \(batch,\) = \(5,\), got \(4,\)"),
-        ({"lengths": torch.zeros(5, dtype=torch.int64)}, "lengths: expected int32"),
-        ({"lengths": torch.full((5,), 49, dtype=torch.int32)}, "lengths: expected 0 to 48"),
-        ({"block_table": torch.full((5, 2), 5, dtype=torch.int32)}, "block_table: expected pages 0 to 4"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
-)
-def test_what_does_not_fit_together(changes: dict[str, Any], message: str) -> None:
-    call = call_of("lengths")
-    with pytest.raises(InputError, match=message):
-        decode(call, **changes)
-
-
 def test_gradients_are_refused_and_not_forgotten() -> None:
     call = call_of("full cache")
     query = call.query.clone().requires_grad_()

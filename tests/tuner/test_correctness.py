@@ -13,6 +13,7 @@ from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels.backends import supporting
 from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
+from tilewise.kernels.inputs import random_call
 from tilewise.tuner.correctness import HOPELESS, Checker, poisoned_empty
 
 from .fakes import CPU, register, right
@@ -305,12 +306,54 @@ def test_some_case_has_wholly_masked_rows(problem: Problem) -> None:
     assert any(bool((case.bounds["lse"].reference == -torch.inf).any()) for case in cases)
 
 
-def test_bool_masks_hide_whole_rows_and_first_tiles() -> None:
-    mask = Checker(replace(CAUSAL, causal=False, mask="bool"), CPU, seed=0).main.call.mask
+@pytest.mark.parametrize("mask", ["bool", "bool.b1h1", "bias", "bias.b1h1"])
+def test_masks_hide_whole_rows_and_first_tiles(mask: str) -> None:
+    """In every case; the first tile of 128 keys, where there are so many, for a whole tile of queries too."""
+    problem = replace(CAUSAL, causal=False, mask=mask, batch=1, heads=2, kv_heads=2, q_len=300, kv_len=300)
+    cases = Checker(problem, CPU, seed=0).cases
+    assert [case.call.problem.kv_len for case in cases] == [300, 173, 173]
+    for case in cases:
+        assert case.call.mask is not None
+        attends = case.call.mask if case.call.mask_is_bool else case.call.mask > -torch.inf
+        empty, first = (~attends).all(-1), (~attends[..., :128]).all(-1)
+        assert bool(empty[:, :, 7::8].all())
+        assert not bool(empty.all())
+        block = slice(case.call.problem.q_len // 2, case.call.problem.q_len * 3 // 4)
+        assert bool(first[:, :, block].all())
+        assert bool((first & ~empty)[:, :, block].any())
+        assert bool((first & ~empty)[:, :, 3].all())
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_a_mask_of_the_keys_hides_first_tiles_and_a_whole_entry(kind: str) -> None:
+    problem = replace(CAUSAL, causal=False, mask=f"{kind}.h1q1", kv_len=300)
+    mask = random_call(problem, CPU, seed=0).mask
     assert mask is not None
-    assert bool((~mask).all(-1).any())
-    first_half, second_half = mask.chunk(2, dim=-1)
-    assert bool(((~first_half).all(-1) & second_half.any(-1)).any())
+    attends = mask if kind == "bool" else mask > -torch.inf
+    assert not bool(attends[0, ..., :150].any())
+    assert bool(attends[0, ..., 150:].any())
+    assert not bool(attends[1].any())
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_a_mask_of_one_element_attends(kind: str) -> None:
+    mask = random_call(replace(CAUSAL, mask=f"{kind}.b1h1q1k1"), CPU, seed=0).mask
+    assert mask is not None
+    assert bool((mask if kind == "bool" else mask.isfinite()).all())
+
+
+@pytest.mark.parametrize("mask", ["bool", "bias.b1h1", "bias.h1q1"])
+def test_what_nothing_attends_has_no_gradient(mask: str) -> None:
+    problem = replace(CAUSAL, pass_=Pass.TRAINING, mask=mask, bias_grad=mask.startswith("bias"))
+    for case in Checker(problem, CPU, seed=0).cases:
+        expected = {name: bound.reference for name, bound in case.bounds.items()}
+        assert all(bool(expected[name].isfinite().all()) for name in expected if name != "lse")
+        empty = (expected["lse"] == -torch.inf).transpose(1, 2)
+        assert bool(empty.any())
+        assert bool((expected["d_query"][empty] == 0).all())
+        if problem.bias_grad:
+            assert case.call.mask is not None
+            assert bool((expected["d_mask"][case.call.mask == -torch.inf] == 0).all())
 
 
 def test_a_case_that_a_backend_does_not_support_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
