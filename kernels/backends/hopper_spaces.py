@@ -34,10 +34,9 @@ class Widths:
 def space(role: str, problem: Problem, device: Device) -> SearchSpace | None:
     """Return the space of a role (forward, dkdv, dq), or None where its kernel cannot compute `problem` on `device`.
 
-    The kernels know causality, windows, GQA and any lengths, in half precision, but no mask, bias or dropout.
+    The kernels know everything but packed sequences, in half precision.
     """
-    features = ("mask", "alibi", "softcap", "dropout", "varlen", "page_size")
-    if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, *features):
+    if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, "varlen", "page_size"):
         return None
     return _space(role, Widths(padded(problem.head_dim), padded(problem.v_head_dim), device.shared_memory))
 

@@ -94,13 +94,14 @@ def _with_hopper(role: str, problem: Problem, device: Device) -> SearchSpace:
     """Return the space of a role, with that of the warp-specialised kernel where there is one.
 
     The first one's default is the backend's. The warp-specialised forward has one program on a multiprocessor, whose
-    start and end nothing hides: with narrow heads, whose tiles are soon done, the other is the better guess.
+    start and end nothing hides: with narrow heads, whose tiles are soon done, the other is the better guess. So it is
+    where dropout needs registers that the warp-specialised kernels have not.
     """
     space = _space(role, tiles_of(role, problem, device))
     hopper = hopper_spaces.space(role, problem, device) if describable(problem) else None
     if hopper is None:
         return space
-    if role == "forward" and max(problem.head_dim, problem.v_head_dim) <= 64:
+    if problem.dropout or (role == "forward" and max(problem.head_dim, problem.v_head_dim) <= 64):
         return replace(space, alternatives=(hopper,))
     return replace(hopper, alternatives=(space,))
 
