@@ -43,6 +43,7 @@ from .hopper_common import (
     warp_options,
     write,
 )
+from .padding import pad_columns
 
 
 @gluon.jit
@@ -370,8 +371,10 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32. The scale must be above 0."""
     query, key, value = (describable(tensor) for tensor in (call.query, call.key, call.value))
     chosen = options(call.with_tensors(query, key, value), config)
+    if config["padded"]:
+        key, value = pad_columns(key), value if chosen.wide else pad_columns(value)
     batch, q_len, heads, _ = query.shape
-    out = query.new_empty(batch, q_len, heads, value.shape[-1])
+    out = query.new_empty(batch, q_len, heads, call.value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
     with torch.cuda.device_of(query):
@@ -385,7 +388,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
             batch * heads,
             heads,
             **modifiers(call, lse),
-            DV=value.shape[-1],
+            DV=call.value.shape[-1],
             OPTIONS=chosen,
             **warp_options(chosen.consumers),
         )

@@ -52,7 +52,10 @@ def test_what_is_offered_fits_by_count(head_dim: int, v_head_dim: int) -> None:
         space = spaces[kernel]
         assert space.default in space
         widths = hopper_spaces.Widths(
-            1 << max(4, (head_dim - 1).bit_length()), 1 << max(4, (v_head_dim - 1).bit_length()), H200.shared_memory
+            1 << max(4, (head_dim - 1).bit_length()),
+            1 << max(4, (v_head_dim - 1).bit_length()),
+            H200.shared_memory,
+            False,
         )
         for config in space:
             assert hopper_spaces.shared_memory(role, widths, config.as_dict()) <= H200.shared_memory
