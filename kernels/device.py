@@ -204,15 +204,12 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
         ],
         "triton_hopper": [
             folder / "tiles.py",
-            folder / "triton_kernels/common.py",
             folder / "triton_kernels/ranges.py",
-            folder / "triton_kernels/padding.py",
             *(folder / f"triton_kernels/hopper_{part}.py" for part in ("common", "forward", "backward")),
         ],
         "triton_backward": [
             folder / "tiles.py",
             folder / "triton_kernels/ranges.py",
-            folder / "triton_kernels/padding.py",
             folder / "triton_kernels/backward.py",
             folder / "triton_kernels/bias.py",
         ],
