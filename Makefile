@@ -12,7 +12,7 @@ PACKAGES := .venv/.packages-$(LOCK_SUM)
 INSTALLED := .venv/.installed-$(LOCK_SUM)-$(HERE_SUM)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements/lock.txt)
 
-.PHONY: install demo test test-gpu check format lock clean
+.PHONY: install demo test test-gpu memcheck check format lock clean
 
 install: $(INSTALLED)
 
@@ -36,6 +36,11 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(PY) -m pytest -m gpu -n auto --maxprocesses=14 --dist=worksteal
+
+# Every kernel once under compute-sanitizer, which comes with CUDA's toolkit; torch's caching allocator would hide a
+# read behind the end of a tensor.
+memcheck: $(INSTALLED)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m tilewise.bench.memcheck
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .

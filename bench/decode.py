@@ -26,7 +26,7 @@ from tilewise.domain.software import Software
 from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
-from tilewise.kernels.backends.triton_decode import KERNEL, TritonDecode, shared_memory
+from tilewise.kernels.backends.triton_decode import KERNEL, TritonDecode, in_flight
 from tilewise.kernels.inputs import random_call
 from tilewise.tuner.correctness import Checker
 from tilewise.tuner.steps import Step, make_step
@@ -123,12 +123,11 @@ def tiles(problem: Problem, space: SearchSpace) -> list[Config]:
     splits = space.default["num_splits"]
 
     def serious(config: Config) -> bool:
-        in_flight = shared_memory(problem, config.as_dict())
         return (
             config["num_splits"] == splits
             and config["num_stages"] > 1
             and config["num_warps"] > 1
-            and LEAST_IN_FLIGHT <= in_flight <= MOST_IN_FLIGHT
+            and LEAST_IN_FLIGHT <= in_flight(problem, config.as_dict()) <= MOST_IN_FLIGHT
             and 32 <= config["block_n"] <= 128
         )
 

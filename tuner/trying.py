@@ -84,9 +84,10 @@ class Bench:
 def classify(raised: Exception) -> Outcome:
     """Return what kind of failure an exception is. Triton's classes are known by name: triton may be absent."""
     kinds = {kind.__name__ for kind in type(raised).__mro__}
-    if "OutOfMemoryError" in kinds or "OutOfResources" in kinds or isinstance(raised, MemoryError):
-        return Outcome.OUT_OF_RESOURCES
-    if kinds & COMPILER_ERRORS and "out of resource" in str(raised):  # Triton's OutOfResources, passed on as text
+    # Triton compares what it compiled with the device, and launches nothing; inductor passes that on as text
+    if "OutOfResources" in kinds or (kinds & COMPILER_ERRORS and "out of resource" in str(raised)):
+        return Outcome.INFEASIBLE
+    if "OutOfMemoryError" in kinds or isinstance(raised, MemoryError):
         return Outcome.OUT_OF_RESOURCES
     if kinds & COMPILER_ERRORS or "PassManager::run failed" in str(raised):
         return Outcome.COMPILE_FAILED

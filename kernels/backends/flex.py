@@ -71,7 +71,7 @@ class Flex(Backend):
         return on_padded(call, lambda padded: _forward(padded, options, with_lse=True))
 
 
-def _plain_path(path: str) -> bool:
+def plain_path(path: str) -> bool:
     """Whether a shell takes `path` as one word: inductor does not quote the paths it compiles and links with."""
     return re.fullmatch(r"[\w./+@:,=-]+", path) is not None
 
@@ -92,7 +92,7 @@ class FlexCpu(Flex):
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             return f"needs a C++ compiler, and {compiler} is not on the path: install g++ or set CXX"
-        if not _plain_path(torch.__file__):
+        if not plain_path(torch.__file__):
             return "torch is installed in a folder whose name has spaces or signs, from which inductor cannot link"
         if problem.pass_ is Pass.TRAINING:
             return "computes no gradients on a CPU"

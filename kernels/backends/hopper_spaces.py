@@ -13,6 +13,7 @@ from ..backend import unsupported_feature
 from ..tiles import padded
 
 FORWARD, DKDV, DQ = KERNELS = ("hopper_forward", "hopper_dkdv", "hopper_dq")
+ROLES = dict(zip(KERNELS, ("forward", "dkdv", "dq"), strict=True))
 ROWS = 64  # of a consumer
 # Registers of a consumer's thread, by warps of all consumers, less what addresses and barriers need.
 _REGISTERS = {4: 232 - 16, 8: 240 - 16, 12: 160 - 16}
@@ -42,8 +43,17 @@ def space(role: str, problem: Problem, device: Device) -> SearchSpace | None:
     """
     if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, "varlen", "page_size"):
         return None
+    return _space(role, _widths(problem, device))
+
+
+def predicted(kernel: str, problem: Problem, device: Device, values: Mapping[str, Value]) -> int:
+    """Return the shared memory of a block in bytes of a config of `kernel`, an upper bound."""
+    return shared_memory(ROLES[kernel], _widths(problem, device), values)
+
+
+def _widths(problem: Problem, device: Device) -> Widths:
     widths = padded(problem.head_dim), padded(problem.v_head_dim)
-    return _space(role, Widths(*widths, device.shared_memory, widths != (problem.head_dim, problem.v_head_dim)))
+    return Widths(*widths, device.shared_memory, widths != (problem.head_dim, problem.v_head_dim))
 
 
 def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int:
@@ -126,7 +136,7 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
             Constraint("only two consumers take turns", lambda v: not v["pingpong"] or v["num_warps"] == 8),
             Constraint("only a persistent program loads ahead", lambda v: v["q_stages"] == 1 or bool(v["persistent"])),
         ]
-    kernel = KERNELS[("forward", "dkdv", "dq").index(role)]
+    kernel = next(name for name, its in ROLES.items() if its == role)
     for values in _DEFAULTS[role]:
         # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
         default = {**values, "persistent": role != "dkdv", "swizzle": 0, "padded": False}

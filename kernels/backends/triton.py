@@ -2,19 +2,20 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.device import Device, DeviceKind
-from tilewise.domain.problem import Dtype, Pass, Problem
+from tilewise.domain.problem import Dtype, Pass, Precision, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
 from ..backend import Backend, Gradients, unsupported_varlen
 from ..call import Call
 from ..tiles import padded
 from . import hopper_spaces
+from .triton_memory import Tiles, shared_memory
 
 MAX_REGISTERS = 256  # a thread has 255; one more would spill even if nothing else were held
 _ELEMENT_BYTES = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 4}
@@ -111,35 +112,24 @@ def _nothing_packed(call: Call) -> bool:
     return call.cu_seqlens is not None and 0 in (call.query.shape[0], call.key.shape[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """What decides which tiles fit: padded head dims, bytes of an element, whether TMA can be used, and the device."""
-
-    head_dim: int
-    v_head_dim: int
-    element_bytes: int
-    describable: bool
-    capability: int
-    shared_memory: int
-
-    @property
-    def tma(self) -> bool:
-        return self.describable and self.capability >= 90
-
-
 def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
     """Return what limits the tiles of one role.
 
     Triton 3.6 computes wrong dK and dV where TMA tiles of query and mask tiles loaded by pointers meet in one pipelined
     loop (seen on an H200 in half precision, docs/notes/triton.md): with a mask, dkdv has only the pointer path.
     """
+    size = _ELEMENT_BYTES[problem.dtype]
     return Tiles(
         padded(problem.head_dim),
         padded(problem.v_head_dim),
-        _ELEMENT_BYTES[problem.dtype],
+        size,
         describable(problem) and not (role == "dkdv" and problem.mask != "none"),
         device.capability,
         device.shared_memory,
+        tensor_cores=size == 2 or problem.precision is Precision.TF32,
+        mask_bytes=0 if problem.mask == "none" else 1 if problem.mask.startswith("bool") else size,
+        mask_along_keys="k1" not in problem.mask,
+        aligned=problem.head_dim % 16 == 0 and problem.v_head_dim % 16 == 0,
     )
 
 
@@ -147,13 +137,6 @@ def describable(problem: Problem) -> bool:
     """Whether rows of the tensors can lie at multiples of 16 bytes, as TMA takes them."""
     size = _ELEMENT_BYTES[problem.dtype]
     return problem.head_dim * size % 16 == 0 and problem.v_head_dim * size % 16 == 0
-
-
-def least_shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
-    """Return a lower bound of the shared memory in bytes of one block: the pipelined tiles it visits."""
-    visited = int(values["block_m"] if role == "dkdv" else values["block_n"])
-    stages = max(1, int(values["num_stages"]) - 1)
-    return stages * visited * (tiles.head_dim + tiles.v_head_dim) * tiles.element_bytes
 
 
 def registers(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
@@ -171,7 +154,7 @@ def registers(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
 @functools.lru_cache(maxsize=1024)
 def _space(role: str, tiles: Tiles) -> SearchSpace:
     def fits(values: Mapping[str, Value]) -> bool:
-        return least_shared_memory(role, tiles, values) <= tiles.shared_memory
+        return shared_memory(role, tiles, values) <= tiles.shared_memory
 
     def fits_registers(values: Mapping[str, Value]) -> bool:
         return registers(role, tiles, values) <= MAX_REGISTERS
@@ -192,7 +175,7 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Parameter("tma", (False, True) if tiles.tma else (False,), ordered=False),
         ),
         constraints=(
-            Constraint("its pipelined tiles exceed the shared memory of a block", fits),
+            Constraint("its tiles exceed the shared memory of a block", fits),
             Constraint("accumulators and scores exceed the registers of its threads", fits_registers),
             Constraint(f"a warp would have fewer than {least_rows} rows", enough_rows),
         ),
@@ -210,7 +193,7 @@ _DEFAULTS: dict[str, dict[int, dict[str, tuple[int, int, int, int]]]] = {
     # float32 has no tensor cores at full precision: each dot is unrolled, and large tiles take a minute to compile
     "single": {
         512: {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
-        1024: {"forward": (32, 16, 2, 2), "dkdv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)},
+        1024: {"forward": (32, 16, 2, 2), "dkdv": (16, 16, 2, 1), "dq": (16, 16, 2, 1)},
     },
     "pointers": {
         256: {"forward": (128, 64, 4, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},

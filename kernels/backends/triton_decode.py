@@ -7,13 +7,14 @@ import torch
 
 from tilewise.domain.config import Config, Value
 from tilewise.domain.device import Device, DeviceKind
-from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Pass, Problem
+from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Pass, Precision, Problem
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 
 from .. import device as devices
 from ..backend import Backend, unsupported_feature
 from ..call import Call
 from ..tiles import padded
+from .triton_memory import by_warpgroup
 
 KERNEL = "triton_decode"
 MAX_ROWS = 128  # queries * heads of one key head: one tile
@@ -42,7 +43,7 @@ class TritonDecode(Backend):
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
         # that of the bucket: a config measured there must be in the space of every problem of the bucket
-        return {"forward": _space(problem.bucket(), device.units, device.shared_memory)}
+        return {"forward": _space(problem.bucket(), device.units, device.capability, device.shared_memory)}
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Imported here: triton is absent where there is no GPU, and this file must still list its backend.
@@ -100,14 +101,40 @@ def _keys(problem: Problem) -> int:
     return problem.kv_len if left == -1 else min(problem.kv_len, left + problem.q_len)
 
 
-def shared_memory(problem: Problem, values: Mapping[str, Value]) -> int:
-    """Return a lower bound of the shared memory in bytes of one program: the tiles of key and value on their way.
+def in_flight(problem: Problem, values: Mapping[str, Value]) -> int:
+    """Return the bytes of key and value that one program has on their way.
 
     With pages, every second stage is taken by the look-up of the page.
     """
     stages = int(values["num_stages"]) - 1
     tiles = max(1, stages // 2 if problem.page_size else stages)
     return tiles * int(values["block_n"]) * _key_bytes(problem)
+
+
+def shared_memory(problem: Problem, capability: int, values: Mapping[str, Value]) -> int:
+    """Return the bytes of shared memory of one program: those that Triton allocates, or an upper bound of them.
+
+    Found by compiling, as in triton_memory: queries, the tiles on their way, and weights that change hands.
+    """
+    block_n, warps, stages = (int(values[name]) for name in ("block_n", "num_warps", "num_stages"))
+    rows, d, dv = _rows(problem), padded(problem.head_dim), padded(problem.v_head_dim)
+    size = 4 if problem.dtype is Dtype.FP32 else 2
+    tensor_cores = size == 2 or problem.precision is Precision.TF32
+    warpgroup = tensor_cores and by_warpgroup(capability, warps, rows)
+    tiles = in_flight(problem, values)
+    if warpgroup and stages > 1:
+        tiles += block_n * _key_bytes(problem)
+    lookups = 0
+    if problem.page_size:
+        lookups = (stages - 1) * 4 * (block_n if problem.page_size % block_n else 4)
+    alone = warpgroup or warps == 1 or rows >= dv
+    exchanged = 0 if tensor_cores and alone else rows * block_n * size
+    if size == 4:
+        exchanged += 4 * rows * warps
+    # partial results are float32, and change their layout where a warp has but one tile of rows
+    partial = int(values["num_splits"]) > 1 and (warpgroup or rows >= dv) and 16 * warps >= rows
+    result = rows * dv * 4 if partial else 0
+    return max(rows * d * size + tiles + lookups + exchanged, result)
 
 
 def registers(problem: Problem, values: Mapping[str, Value]) -> int:
@@ -149,9 +176,9 @@ def _splits(problem: Problem, programs: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _space(problem: Problem, units: int, available: int) -> SearchSpace:
+def _space(problem: Problem, units: int, capability: int, available: int) -> SearchSpace:
     def fits(values: Mapping[str, Value]) -> bool:
-        return shared_memory(problem, values) <= available
+        return shared_memory(problem, capability, values) <= available
 
     def fits_registers(values: Mapping[str, Value]) -> bool:
         return registers(problem, values) <= MAX_REGISTERS
@@ -169,7 +196,7 @@ def _space(problem: Problem, units: int, available: int) -> SearchSpace:
             Parameter("num_stages", (1, 3, 5, 7, 9) if problem.page_size else (1, 2, 3, 4, 5, 6)),
         ),
         constraints=(
-            Constraint("its tiles of key and value exceed the shared memory of a block", fits),
+            Constraint("its tiles exceed the shared memory of a block", fits),
             Constraint("accumulator and scores exceed the registers of its threads", fits_registers),
             Constraint("a warp would have fewer scores than a tensor core computes at once", enough_scores),
         ),

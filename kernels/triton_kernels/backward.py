@@ -63,7 +63,7 @@ def weights_and_gradient(
     return b_dropped, b_ds, b_draw
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "rows"])
+@triton.jit(do_not_specialize=["heads", "q_len"])
 def delta_rows(
     out,
     grad_out,
@@ -78,27 +78,32 @@ def delta_rows(
     stride_gh,
     heads,
     q_len,
-    rows,  # batch * heads * q_len
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """delta = sum(out * grad_out); lse2 = lse in units of log2, +inf for rows with nothing to attend."""
-    o_flat = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_flat = o_flat < rows
-    o_row = o_flat % q_len
-    o_head = o_flat // q_len % heads
-    o_entry = o_flat // q_len // heads
+    """delta = sum(out * grad_out); lse2 = lse in units of log2, +inf for rows with nothing to attend.
+
+    Grid (batch * heads * blocks of rows). lse, delta and lse2 are dense (batch, heads, q_len).
+    """
+    blocks = tl.cdiv(q_len, BLOCK)
+    place = tl.program_id(0) // blocks
+    o_row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     o_dv = tl.arange(0, BLOCK_DV)
-    m_tile = m_flat[:, None] & (o_dv < DV)[None, :]
-    p_out = out + (o_entry * stride_ob + o_row * stride_os + o_head * stride_oh)[:, None] + o_dv[None, :]
-    p_grad = grad_out + (o_entry * stride_gb + o_row * stride_gs + o_head * stride_gh)[:, None] + o_dv[None, :]
+    m_row = o_row < q_len
+    m_tile = m_row[:, None] & (o_dv < DV)[None, :]
+    o_entry = (place // heads).to(tl.int64)
+    o_head = (place % heads).to(tl.int64)
+    o_long = o_row.to(tl.int64)[:, None]
+    p_out = out + o_entry * stride_ob + o_head * stride_oh + o_long * stride_os + o_dv[None, :]
+    p_grad = grad_out + o_entry * stride_gb + o_head * stride_gh + o_long * stride_gs + o_dv[None, :]
     b_out = tl.load(p_out, mask=m_tile, other=0.0).to(tl.float32)
     b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
-    tl.store(delta + o_flat, tl.sum(b_out * b_grad, 1), mask=m_flat)
-    b_lse = tl.load(lse + o_flat, mask=m_flat, other=0.0)
+    o_first = place.to(tl.int64) * q_len
+    tl.store(delta + o_first + o_row, tl.sum(b_out * b_grad, 1), mask=m_row)
+    b_lse = tl.load(lse + o_first + o_row, mask=m_row, other=0.0)
     log2e: tl.constexpr = 1.4426950408889634
-    tl.store(lse2 + o_flat, tl.where(b_lse == -float("inf"), float("inf"), b_lse * log2e), mask=m_flat)
+    tl.store(lse2 + o_first + o_row, tl.where(b_lse == -float("inf"), float("inf"), b_lse * log2e), mask=m_row)
 
 
 @triton.jit
@@ -467,9 +472,9 @@ def prepare(call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Te
     out, grad_out = (unit_stride(batched(tensor)) for tensor in (out, grad_out))
     batch, q_len, heads, v_head_dim = out.shape
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    rows, block = batch * heads * q_len, 64
+    block = 64
     with torch.cuda.device_of(out):
-        delta_rows[(triton.cdiv(rows, block),)](
+        delta_rows[(triton.cdiv(q_len, block) * batch * heads,)](
             out,
             grad_out,
             lse,
@@ -479,7 +484,6 @@ def prepare(call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Te
             *grad_out.stride()[:3],
             heads,
             q_len,
-            rows,
             DV=v_head_dim,
             BLOCK_DV=padded(v_head_dim),
             BLOCK=block,

@@ -310,7 +310,7 @@ def warp_options(consumers: int) -> dict[str, int]:
 
 def grid(tiles: int, consumers: int, persistent: bool, device: torch.device) -> tuple[int]:
     """Return a program for each tile, or as many as run at once, each taking every so many-th tile."""
-    if not persistent:
+    if not persistent or device.type != "cuda":  # what is compiled only runs nowhere
         return (tiles,)
     return (min(tiles, _multiprocessors(device) * (2 if consumers == 1 else 1)),)
 

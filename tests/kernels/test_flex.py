@@ -329,7 +329,7 @@ def test_errors_of_the_compiler_are_told_apart() -> None:
     def raised(text: str) -> Exception:
         return InductorError(RuntimeError(text), None)
 
-    assert classify(raised("out of resource: triton_tem_fused Required: 262144")) is Outcome.OUT_OF_RESOURCES
+    assert classify(raised("out of resource: triton_tem_fused Required: 262144")) is Outcome.INFEASIBLE
     assert classify(raised("LoweringException: ...")) is Outcome.COMPILE_FAILED
     assert classify(UnsupportedError("ran without being compiled")) is Outcome.UNSUPPORTED
 

@@ -1,13 +1,8 @@
 """The Triton forward: small and odd sizes in the interpreter, real sizes on a GPU, and its compilation without one."""
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +12,11 @@ from hypothesis import strategies as st
 
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
-from tilewise.domain.problem import Dtype, Layout, Pass, Problem
-from tilewise.domain.space import SearchSpace
+from tilewise.domain.problem import Dtype, Layout, Pass, Precision, Problem
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import BACKENDS
-from tilewise.kernels.backends.triton import Triton, least_shared_memory, tiles_of
+from tilewise.kernels.backends.triton import Triton
 from tilewise.kernels.call import Call
 from tilewise.kernels.inputs import random_call
 from tilewise.kernels.run import run
@@ -37,7 +31,6 @@ from .test_backends import H200
 # A GPU compiles the kernel; without one the interpreter runs it on CPU tensors (tests/conftest.py).
 KERNEL = "triton_forward"
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -164,57 +157,24 @@ def test_the_grid_is_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 192])
 @pytest.mark.parametrize("v_head_dim", [16, 128, 256])
-@pytest.mark.parametrize("dtype", [Dtype.FP16, Dtype.FP32])
-def test_the_default_lies_in_the_space_of_every_card(head_dim: int, v_head_dim: int, dtype: Dtype) -> None:
+@pytest.mark.parametrize("mask", ["none", "bool", "bias"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(Dtype.FP16, "ieee"), (Dtype.FP32, "ieee"), (Dtype.FP32, "tf32")], ids=str
+)
+def test_the_default_lies_in_the_space_of_every_card(
+    head_dim: int, v_head_dim: int, dtype: Dtype, precision: str, mask: str
+) -> None:
     problem = Problem(
-        pass_=Pass.TRAINING, dtype=dtype, batch=1, heads=1, q_len=1024, head_dim=head_dim, v_head_dim=v_head_dim
+        pass_=Pass.TRAINING, dtype=dtype, batch=1, heads=1, q_len=1024, head_dim=head_dim, v_head_dim=v_head_dim,
+        precision=Precision(precision), mask=mask,
     )  # fmt: skip
-    for available in (101376, 166912, 232448):  # sm_86, sm_80, sm_90
-        for role, space in tiled(problem, card(available)).items():
+    for capability, available in ((86, 101376), (80, 166912), (90, 232448), (120, 101376)):
+        for space in Triton().spaces(problem, card(available, capability)).values():
             assert space.default in space
-            for config in space:
-                assert (
-                    least_shared_memory(role, tiles_of(role, problem, card(available)), config.as_dict()) <= available
-                )
-
-
-def tiled(problem: Problem, device: Device) -> dict[str, SearchSpace]:
-    """Return the spaces by role, without those of the warp-specialised kernels (test_hopper.py)."""
-    return {
-        role: next(each for each in space.by_kernel if each.kernel == f"triton_{role}")
-        for role, space in Triton().spaces(problem, device).items()
-    }
 
 
 def card(shared: int, capability: int = 90) -> Device:
     return replace(H200, arch=f"sm_{capability}", shared_memory=shared)
-
-
-def test_compiles_without_a_gpu(tmp_path: Path) -> None:
-    """The defaults and a corner compile for sm_80 and sm_90, and need at least the shared memory we count."""
-    cases: list[tuple[int, str, int, bool, int, Config, bool]] = []
-    for capability, dim in ((80, 128), (90, 64)):
-        problem = Problem(pass_=Pass.TRAINING, batch=1, heads=1, q_len=1024, head_dim=dim, causal=True)
-        spaces = tiled(problem, card(166912, capability))
-        cases += [(capability, role, dim, True, 0, space.default, False) for role, space in spaces.items()]
-        cases += [(capability, role, dim, True, 0, space.default, True) for role, space in spaces.items()]
-    corner = Config.of(KERNEL, block_m=256, block_n=16, num_warps=8, num_stages=5, tma=False)
-    masked = Config.of(KERNEL, block_m=64, block_n=64, num_warps=4, num_stages=2, tma=False)
-    cases += [(80, "forward", 128, True, 0, corner, False), (80, "forward", 56, False, 2, masked, False)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("offline.py"))],
-        input=json.dumps([(*case[:5], case[5].as_dict(), case[6]) for case in cases]),
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for (capability, role, dim, _, _, config, _), used in zip(cases, json.loads(done.stdout), strict=True):
-        problem = Problem(batch=1, heads=1, q_len=1024, head_dim=dim)
-        counted = least_shared_memory(role, tiles_of(role, problem, card(166912, capability)), config.as_dict())
-        assert counted <= used <= 166912, f"sm_{capability}, {role}, head_dim {dim}, {config}: {used}"
 
 
 # on a GPU

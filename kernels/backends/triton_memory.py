@@ -1,0 +1,102 @@
+"""Shared memory of a block of our kernels, as Triton 3.6 and 3.7 allocate it from sm_80 to sm_90.
+
+Found by compiling, not by reading Triton: `tilewise bench compile` compares it with what the compiler says. In half
+precision without a mask and with more than one stage it is that number, nearly always; elsewhere it is an upper bound,
+so that no config is called feasible that does not fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tilewise.domain.config import Value
+
+BARRIER = 8  # bytes of one; a pipelined loop through TMA has two per stage
+ALIGNMENT = 1024  # bytes, of the tiles that a warpgroup reads
+WARPGROUP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What decides which tiles fit: padded head dims, bytes of an element, whether TMA can be used, and the device.
+
+    - tensor_cores: half precision, or float32 as TF32; without them both sides of a product lie in shared memory.
+    - mask_bytes: of an element of the mask, 0 without one.
+    - mask_along_keys: it has a column per key; where one serves all, its tile takes more to change its layout.
+    - aligned: rows lie at multiples of 16 elements; where they do not, Triton may load by pointers without a pipeline.
+    """
+
+    head_dim: int
+    v_head_dim: int
+    element_bytes: int
+    describable: bool
+    capability: int
+    shared_memory: int
+    tensor_cores: bool = True
+    mask_bytes: int = 0
+    mask_along_keys: bool = True
+    aligned: bool = True
+
+    @property
+    def tma(self) -> bool:
+        return self.describable and self.capability >= 90
+
+
+def by_warpgroup(capability: int, warps: int, rows: int) -> bool:
+    """Return whether four warps at a time compute one product, reading both sides from shared memory: sm_90's wgmma.
+
+    sm_100 is taken for it, untried; sm_120 has the products of sm_80.
+    """
+    return 90 <= capability < 120 and warps % WARPGROUP == 0 and rows >= 64
+
+
+def shared_memory(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int:
+    """Return the bytes of shared memory of one block: those that Triton allocates, or an upper bound of them."""
+    rows, columns = int(values["block_m"]), int(values["block_n"])
+    warps, stages, tma = int(values["num_warps"]), int(values["num_stages"]), bool(values["tma"])
+    d, dv, size = tiles.head_dim, tiles.v_head_dim, tiles.element_bytes
+    wide = max(d, dv)
+    # of the scores, a program keeps `height` rows, or columns, and visits tiles of `visited`
+    height, visited = (columns, rows) if role == "dkdv" else (rows, columns)
+    warpgroup = tiles.tensor_cores and by_warpgroup(tiles.capability, warps, height)
+    # the warps share the rows of a product, or its columns where it is wider than high; then weights change hands
+    product = {"forward": dv, "dkdv": wide, "dq": d}[role]
+    exchanged = 0 if warpgroup or warps == 1 or height >= product else rows * columns * size
+    if not tiles.tensor_cores:
+        exchanged = (2 if role == "dkdv" else 1) * rows * columns * size
+    if tiles.mask_bytes:  # the mask's tile takes the layout of the scores
+        short = min(tiles.mask_bytes, 2)
+        dkdv = 512 * warps if short == 2 and tiles.mask_along_keys else short * rows * columns
+        dq = (short if tiles.mask_along_keys else 4) * rows * columns
+        exchanged += {"forward": 4 * rows * columns, "dkdv": dkdv, "dq": dq}[role]
+    # a tile that changes its layout passes through this, a few rows of a warp at a time
+    tf32 = size == 4 and tiles.tensor_cores
+    passing = min(visited * wide, (32 if tf32 or not tiles.aligned else 8) * warps * max(wide, 32)) * size
+    if size == 4:
+        crossed = passing if tf32 and role != "forward" else 0
+        exchanged += 4 * rows * warps + (visited * (d + dv) * size if tma else crossed)
+
+    kept = height * (d if role == "forward" else d + dv) * size
+    each = visited * (d + dv) * size
+    once = {
+        "forward": visited * wide * size + exchanged,
+        "dkdv": each + max(passing, exchanged),
+        "dq": max(each, visited * d * size + passing) + exchanged,
+    }[role]
+    if stages == 1:
+        return max(kept, once) + BARRIER if tma else kept + once
+    buffers = stages if warpgroup else stages - 1
+    # a TF32 product reads a tile in one direction only: what two products read across is not pipelined
+    piped = buffers * each
+    if tf32 and not tma and role != "forward":
+        piped = each if role == "dkdv" else visited * (d + buffers * dv) * size
+    if role == "dkdv":  # LSE and delta come with the queries
+        statistics = (stages - 1) * 2 * visited * 4
+        piped += -(-statistics // ALIGNMENT) * ALIGNMENT if warpgroup else statistics
+        once += statistics
+    if tiles.mask_bytes == 4:
+        piped += buffers * rows * columns * 4
+    piped += exchanged
+    if tma:
+        first = kept if size == 4 else height * (d if role == "forward" else wide) * size
+        return max(first, piped) + (2 * buffers + 1) * BARRIER
+    return kept + (piped if tiles.aligned else max(piped, once))
