@@ -22,6 +22,7 @@ class Tiles:
     - tensor_cores: half precision, or float32 as TF32; without them both sides of a product lie in shared memory.
     - mask_bytes: of an element of the mask, 0 without one.
     - mask_along_keys: it has a column per key; where one serves all, its tile takes more to change its layout.
+    - narrow: a head dim is less than its padded one.
     - aligned: rows lie at multiples of 16 elements; where they do not, Triton may load by pointers without a pipeline.
     """
 
@@ -35,6 +36,7 @@ class Tiles:
     mask_bytes: int = 0
     mask_along_keys: bool = True
     aligned: bool = True
+    narrow: bool = False
 
     @property
     def tma(self) -> bool:
