@@ -199,6 +199,7 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
             folder / "tiles.py",
             folder / "triton_kernels/common.py",
             folder / "triton_kernels/ranges.py",
+            folder / "triton_kernels/padding.py",
             folder / "triton_kernels/forward.py",
         ],
         "triton_hopper": [

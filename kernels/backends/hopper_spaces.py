@@ -21,11 +21,15 @@ _REGISTERS = {4: 232 - 16, 8: 240 - 16, 12: 160 - 16}
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """What decides which tiles fit: padded head dims, and the shared memory of a block in bytes."""
+    """What decides which tiles fit: padded head dims, and the shared memory of a block in bytes.
+
+    `narrow`: whether a head dim is less than its padded one.
+    """
 
     head_dim: int
     v_head_dim: int
     shared_memory: int
+    narrow: bool
 
     @property
     def sum(self) -> int:
@@ -35,10 +39,9 @@ class Widths:
 def space(role: str, problem: Problem, device: Device) -> SearchSpace | None:
     """Return the space of a role (forward, dkdv, dq), or None where its kernel cannot compute `problem` on `device`.
 
-    The kernels know causality, windows, GQA and any lengths, in half precision, but no mask, bias or dropout.
+    The kernels know everything but packed sequences, in half precision.
     """
-    features = ("mask", "alibi", "softcap", "dropout", "varlen", "page_size")
-    if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, *features):
+    if device.capability != 90 or problem.dtype is Dtype.FP32 or unsupported_feature(problem, "varlen", "page_size"):
         return None
     return _space(role, _widths(problem, device))
 
@@ -49,7 +52,8 @@ def predicted(kernel: str, problem: Problem, device: Device, values: Mapping[str
 
 
 def _widths(problem: Problem, device: Device) -> Widths:
-    return Widths(padded(problem.head_dim), padded(problem.v_head_dim), device.shared_memory)
+    widths = padded(problem.head_dim), padded(problem.v_head_dim)
+    return Widths(*widths, device.shared_memory, widths != (problem.head_dim, problem.v_head_dim))
 
 
 def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int:
@@ -124,6 +128,7 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
         Parameter("num_stages", (1, 2, 3, 4)),
         Parameter("persistent", (False, True), ordered=False),
         Parameter("swizzle", (0, 16, 64), ordered=False),
+        Parameter("padded", (False, True) if widths.narrow else (False,), ordered=False),
     ]
     if role == "forward":
         parameters += [Parameter("q_stages", (1, 2)), Parameter("pingpong", (False, True), ordered=False)]
@@ -134,7 +139,7 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
     kernel = next(name for name, its in ROLES.items() if its == role)
     for values in _DEFAULTS[role]:
         # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
-        default = {**values, "persistent": role != "dkdv", "swizzle": 0}
+        default = {**values, "persistent": role != "dkdv", "swizzle": 0, "padded": False}
         if all(rule.holds(default) for rule in constraints):
             return SearchSpace(kernel, tuple(parameters), Config.of(kernel, **default), tuple(constraints))
     return None

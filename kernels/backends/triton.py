@@ -95,13 +95,14 @@ def _with_hopper(role: str, problem: Problem, device: Device) -> SearchSpace:
     """Return the space of a role, with that of the warp-specialised kernel where there is one.
 
     The first one's default is the backend's. The warp-specialised forward has one program on a multiprocessor, whose
-    start and end nothing hides: with narrow heads, whose tiles are soon done, the other is the better guess.
+    start and end nothing hides: with narrow heads, whose tiles are soon done, the other is the better guess. So it is
+    where dropout needs registers that the warp-specialised kernels have not.
     """
     space = _space(role, tiles_of(role, problem, device))
     hopper = hopper_spaces.space(role, problem, device) if describable(problem) else None
     if hopper is None:
         return space
-    if role == "forward" and max(problem.head_dim, problem.v_head_dim) <= 64:
+    if problem.dropout or (role == "forward" and max(problem.head_dim, problem.v_head_dim) <= 64):
         return replace(space, alternatives=(hopper,))
     return replace(hopper, alternatives=(space,))
 
@@ -130,6 +131,7 @@ def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
         mask_along_keys="k1" not in problem.mask,
         aligned=problem.head_dim % 16 == 0 and problem.v_head_dim % 16 == 0,
         packed=problem.packed,
+        narrow=problem.head_dim != padded(problem.head_dim) or problem.v_head_dim != padded(problem.v_head_dim),
     )
 
 
@@ -173,11 +175,13 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Parameter("num_warps", (1, 2, 4, 8)),
             Parameter("num_stages", (1, 2, 3, 4, 5) if role == "forward" else (1, 2, 3, 4)),
             Parameter("tma", (False, True) if tiles.tma else (False,), ordered=False),
+            *([Parameter("padded", (False, True), ordered=False)] if tiles.narrow and tiles.tma else []),
         ),
         constraints=(
             Constraint("its tiles exceed the shared memory of a block", fits),
             Constraint("accumulators and scores exceed the registers of its threads", fits_registers),
             Constraint(f"a warp would have fewer than {least_rows} rows", enough_rows),
+            Constraint("only tiles through TMA are padded before", lambda v: not v.get("padded") or bool(v["tma"])),
         ),
         default=_default(role, tiles),
     )
@@ -209,6 +213,7 @@ def _default(role: str, tiles: Tiles) -> Config:
     by_width = _DEFAULTS["tma" if tma else "pointers" if tiles.element_bytes == 2 else "single"]
     width = min(width for width in by_width if width >= row_bytes)
     block_m, block_n, num_warps, num_stages = by_width[width][role]
-    return Config.of(
-        f"triton_{role}", block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, tma=tma
-    )
+    sizes: dict[str, Value] = {"block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    if tiles.narrow and tiles.tma:
+        sizes["padded"] = False
+    return Config.of(f"triton_{role}", tma=tma, **sizes)

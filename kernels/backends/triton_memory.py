@@ -23,6 +23,7 @@ class Tiles:
     - mask_bytes: of an element of the mask, 0 without one.
     - mask_along_keys: it has a column per key; where one serves all, its tile takes more to change its layout.
     - packed: sequences behind one another, whose ends a tile may run over.
+    - narrow: a head dim is less than its padded one.
     - aligned: rows lie at multiples of 16 elements; where they do not, Triton may load by pointers without a pipeline.
     """
 
@@ -37,6 +38,7 @@ class Tiles:
     mask_along_keys: bool = True
     aligned: bool = True
     packed: bool = False
+    narrow: bool = False
 
     @property
     def tma(self) -> bool:

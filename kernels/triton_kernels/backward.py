@@ -20,6 +20,7 @@ from ..call import Call
 from ..tiles import padded
 from .common import Scoring, batched, features, in_reach, kept, mask_tile, packing, scores, strides, unit_stride
 from .forward import describable, descriptor, load_tile, rows_of, span
+from .padding import pad_columns
 from .ranges import key_range, query_range
 
 
@@ -520,6 +521,10 @@ def _launch(
     query, key, value, grad_out = (
         ready(batched(tensor)) for tensor in (call.query, call.key, call.value, prepared.grad_out)
     )
+    if config.as_dict().get("padded") and kernel is dkdv_kernel:
+        query, grad_out = pad_columns(query), pad_columns(grad_out)
+    elif config.as_dict().get("padded"):
+        key, value = pad_columns(key), pad_columns(value)
     tensors: tuple[object, ...] = (query, key, value, grad_out)
     if tma:
         rows = (config["block_m"], config["block_n"], config["block_n"], config["block_m"])

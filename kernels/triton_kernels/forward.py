@@ -19,6 +19,7 @@ from tilewise.domain.config import Config
 from ..call import Call
 from ..tiles import padded
 from .common import Scoring, batched, features, in_reach, kept, mask_tile, packing, scores, strides, unit_stride
+from .padding import pad_columns
 from .ranges import key_range
 
 
@@ -328,7 +329,8 @@ def describable(tensor: torch.Tensor) -> torch.Tensor:
 def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32, packed as the call is.
 
-    With `tma` head_dim and v_head_dim times the element size must be multiples of 16 bytes.
+    With `tma` head_dim and v_head_dim times the element size must be multiples of 16 bytes; with `padded` what is
+    visited through TMA is copied to the width of a tile first.
     """
     problem, block_m, block_n, tma = call.problem, config["block_m"], config["block_n"], config["tma"]
     prepare = describable if tma else unit_stride
@@ -339,6 +341,8 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     plain = call.mask is None and call.alibi_slopes is None and call.softcap == 0
     tensors: tuple[object, ...] = (query, key, value)
     wide = tma and adjacent_heads(value)
+    if config.as_dict().get("padded"):
+        key, value = pad_columns(key), value if wide else pad_columns(value)
     if tma:
         values = wide_descriptor(value, block_n) if wide else descriptor(value, block_n)
         tensors = (descriptor(query, block_m), descriptor(key, block_n), values)

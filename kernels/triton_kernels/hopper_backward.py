@@ -18,30 +18,34 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.domain.config import Config
 
-from .backward import Prepared
+from .backward import Prepared, weights_and_gradient
+from .common import mask_tile
 from .forward import describable
 from .hopper_common import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     ROWS,
     Extent,
+    Modifiers,
     Work,
     assigned,
     await_full,
     descriptor,
-    extent,
     fill,
     fill_both,
     grid,
     key_tiles,
     mask_keys,
+    modifiers,
     options,
     release,
     ring,
+    scoring,
     slots,
     warp_options,
     write,
 )
+from .padding import pad_columns
 from .ranges import query_range
 
 
@@ -107,7 +111,7 @@ def _visit_queries(
     b_v,
     visited,  # queries, gradients, LSE and delta
     o_key,
-    factor,
+    by,  # Scoring
     extent,
     OPTIONS: gl.constexpr,
     BORDER: gl.constexpr,
@@ -119,28 +123,39 @@ def _visit_queries(
     BLOCK_M: gl.constexpr = queries.tiles.shape[3]
     BLOCK_D: gl.constexpr = queries.tiles.shape[4]
     BLOCK_DV: gl.constexpr = gradients.tiles.shape[4]
+    factor = by.scale * 1.4426950408889634
     b_zero = gl.full((o_key.shape[0], BLOCK_M), 0.0, gl.float32, S_LAYOUT)
     for i in range(low, high):
         slot = count % STAGES
+        o_row = gl.multiple_of(i * BLOCK_M, BLOCK_M) + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT))
+        b_mask = mask_tile(o_row[None, :], o_key[:, None], by, OPTIONS.mask)
         b_q = queries.tiles.index(slot).reshape((BLOCK_M, BLOCK_D))
         b_do = gradients.tiles.index(slot).reshape((BLOCK_M, BLOCK_DV))
         await_full(queries, count, STAGES)
         b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         await_full(gradients, count, STAGES)
         b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        b_s = warpgroup_mma_wait(1, deps=[b_s])
-        if BORDER:
-            o_row = i * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT))
-            o_diagonal = o_row + (extent.kv_len - extent.q_len)
-            if OPTIONS.right:
-                b_s = gl.where(o_key[:, None] <= (o_diagonal + extent.right)[None, :], b_s, -float("inf"))
-            if OPTIONS.left:
-                b_s = gl.where(o_key[:, None] >= (o_diagonal - extent.left)[None, :], b_s, -float("inf"))
-        b_p = gl.exp2(b_s * factor - lses.index(slot).load(S_LAYOUT))
-        b_weights = gl.convert_layout(b_p.to(queries.tiles.dtype), gl.DotOperandLayout(0, b_dv.type.layout, 2))
-        b_dp = warpgroup_mma_wait(0, deps=[b_dp])
-        b_dv = warpgroup_mma(b_weights, b_do, b_dv, is_async=True)
-        b_ds = b_p * (b_dp - deltas.index(slot).load(S_LAYOUT))
+        if OPTIONS.direct:
+            b_s = warpgroup_mma_wait(1, deps=[b_s])
+            if BORDER:
+                o_diagonal = o_row + (extent.kv_len - extent.q_len)
+                if OPTIONS.right:
+                    b_s = gl.where(o_key[:, None] <= (o_diagonal + extent.right)[None, :], b_s, -float("inf"))
+                if OPTIONS.left:
+                    b_s = gl.where(o_key[:, None] >= (o_diagonal - extent.left)[None, :], b_s, -float("inf"))
+            b_p = gl.exp2(b_s * factor - lses.index(slot).load(S_LAYOUT))
+            b_weights = gl.convert_layout(b_p.to(queries.tiles.dtype), gl.DotOperandLayout(0, b_dv.type.layout, 2))
+            b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+            b_dv = warpgroup_mma(b_weights, b_do, b_dv, is_async=True)
+            b_ds = b_p * (b_dp - deltas.index(slot).load(S_LAYOUT))
+        else:
+            b_s, b_dp = warpgroup_mma_wait(0, deps=[b_s, b_dp])
+            b_p, _, b_ds = weights_and_gradient(
+                b_s, b_dp, lses.index(slot).load(S_LAYOUT), deltas.index(slot).load(S_LAYOUT), b_mask, o_row[None, :],
+                o_key[:, None], by, BORDER, OPTIONS.mask, OPTIONS.alibi, OPTIONS.softcap, OPTIONS.dropout,
+            )  # fmt: skip
+            b_weights = gl.convert_layout(b_p.to(queries.tiles.dtype), gl.DotOperandLayout(0, b_dv.type.layout, 2))
+            b_dv = warpgroup_mma(b_weights, b_do, b_dv, is_async=True)
         b_ds = gl.convert_layout(b_ds.to(queries.tiles.dtype), gl.DotOperandLayout(0, b_dk.type.layout, 2))
         b_dk = warpgroup_mma(b_ds, b_q, b_dk, is_async=True)
         b_dv = warpgroup_mma_wait(1, deps=[b_dv])
@@ -155,7 +170,7 @@ def _visit_queries(
 def _consume_queries(
     results,  # gradients of key and value
     tiles,
-    scale,
+    modifiers,
     work,
     extent,
     ME: gl.constexpr,
@@ -173,8 +188,6 @@ def _consume_queries(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    log2e: gl.constexpr = 1.4426950408889634
-    factor = scale * log2e
     visited = (queries, gradients, lses, deltas)
     b_k = keys.tiles.index(ME).reshape((ROWS, BLOCK_D))
     b_v = values.index(ME).reshape((ROWS, BLOCK_DV))
@@ -188,29 +201,31 @@ def _consume_queries(
         await_full(keys, kv_count, CONSUMERS)
         b_dk = gl.full((ROWS, BLOCK_D), 0.0, gl.float32, DK_LAYOUT)
         b_dv = gl.full((ROWS, BLOCK_DV), 0.0, gl.float32, DV_LAYOUT)
-        for _ in range(OPTIONS.group):
+        for member in range(OPTIONS.group):
+            head = place % work.heads * OPTIONS.group + member
+            by = scoring(modifiers, place // work.heads, head, work.heads * OPTIONS.group, extent, OPTIONS)
             if OPTIONS.right:
                 b_dk, b_dv, count = _visit_queries(
-                    b_dk, b_dv, count, low, inside_low, b_k, b_v, visited, o_key, factor,
+                    b_dk, b_dv, count, low, inside_low, b_k, b_v, visited, o_key, by,
                     extent, OPTIONS, True, S_LAYOUT,
                 )  # fmt: skip
             b_dk, b_dv, count = _visit_queries(
-                b_dk, b_dv, count, inside_low, inside_high, b_k, b_v, visited, o_key, factor,
+                b_dk, b_dv, count, inside_low, inside_high, b_k, b_v, visited, o_key, by,
                 extent, OPTIONS, False, S_LAYOUT,
             )  # fmt: skip
             if OPTIONS.left:
                 b_dk, b_dv, count = _visit_queries(
-                    b_dk, b_dv, count, inside_high, high, b_k, b_v, visited, o_key, factor,
+                    b_dk, b_dv, count, inside_high, high, b_k, b_v, visited, o_key, by,
                     extent, OPTIONS, True, S_LAYOUT,
                 )  # fmt: skip
         release(keys, kv_count, CONSUMERS)
         kv_count += CONSUMERS
         o_base = (place // work.heads).to(gl.int64) * extent.kv_len * work.heads + place % work.heads
-        write(b_dk * scale, grad_key + o_base * D, work.heads * D, first_key, extent.kv_len, D)
+        write(b_dk * modifiers.scale, grad_key + o_base * D, work.heads * D, first_key, extent.kv_len, D)
         write(b_dv, grad_value + o_base * DV, work.heads * DV, first_key, extent.kv_len, DV)
 
 
-@gluon.jit(do_not_specialize=["kv_heads", "places", "q_len", "kv_len", "left", "right"])
+@gluon.jit(do_not_specialize=["kv_heads", "places", "q_len", "kv_len", "left", "right", "seed"])
 def hopper_dkdv(
     query,
     key,
@@ -220,9 +235,20 @@ def hopper_dkdv(
     delta,
     grad_key,
     grad_value,
-    scale,
     places,
     kv_heads,
+    mask,
+    slopes,
+    seed,
+    scale,
+    softcap,
+    dropout,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ah,
     q_len,
     kv_len,
     left,
@@ -238,6 +264,9 @@ def hopper_dkdv(
     THIRD: gl.constexpr = 2
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     extent = Extent(q_len, kv_len, left, right)
+    modifiers = Modifiers(
+        mask, slopes, seed, scale, softcap, dropout, stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah
+    )
     work = Work(gl.cdiv(kv_len, CONSUMERS * key.block_type.shape[2]), places, kv_heads)
     keys = ring(key, CONSUMERS, 1)
     values = slots(value, CONSUMERS)
@@ -252,7 +281,7 @@ def hopper_dkdv(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume_queries, (results, tiles, scale, work, extent, FIRST, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, modifiers, work, extent, FIRST, D, DV, OPTIONS)),
                 (_produce_queries, (sources, tiles, work, extent, OPTIONS)),
             ],
             [1],
@@ -261,8 +290,8 @@ def hopper_dkdv(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_queries, (results, tiles, scale, work, extent, FIRST, D, DV, OPTIONS)),
-                (_consume_queries, (results, tiles, scale, work, extent, SECOND, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, modifiers, work, extent, FIRST, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, modifiers, work, extent, SECOND, D, DV, OPTIONS)),
                 (_produce_queries, (sources, tiles, work, extent, OPTIONS)),
             ],
             [4, 1],
@@ -271,9 +300,9 @@ def hopper_dkdv(
     else:
         gl.warp_specialize(
             [
-                (_consume_queries, (results, tiles, scale, work, extent, FIRST, D, DV, OPTIONS)),
-                (_consume_queries, (results, tiles, scale, work, extent, SECOND, D, DV, OPTIONS)),
-                (_consume_queries, (results, tiles, scale, work, extent, THIRD, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, modifiers, work, extent, FIRST, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, modifiers, work, extent, SECOND, D, DV, OPTIONS)),
+                (_consume_queries, (results, tiles, modifiers, work, extent, THIRD, D, DV, OPTIONS)),
                 (_produce_queries, (sources, tiles, work, extent, OPTIONS)),
             ],
             [4, 4, 1],
@@ -325,7 +354,7 @@ def _visit_keys(
     keys,
     values,
     o_row,
-    factor,
+    by,  # Scoring
     extent,
     OPTIONS: gl.constexpr,
     BORDER: gl.constexpr,
@@ -336,22 +365,34 @@ def _visit_keys(
     BLOCK_N: gl.constexpr = keys.tiles.shape[3]
     BLOCK_D: gl.constexpr = keys.tiles.shape[4]
     BLOCK_DV: gl.constexpr = values.tiles.shape[4]
+    factor = by.scale * 1.4426950408889634
     b_zero = gl.full((o_row.shape[0], BLOCK_N), 0.0, gl.float32, S_LAYOUT)
     for i in range(high - low):
         slot = count % STAGES
+        first = gl.multiple_of((high - 1 - i) * BLOCK_N, BLOCK_N)
+        o_key = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+        b_mask = mask_tile(o_row[:, None], o_key[None, :], by, OPTIONS.mask)
         b_k = keys.tiles.index(slot).reshape((BLOCK_N, BLOCK_D))
         b_v = values.tiles.index(slot).reshape((BLOCK_N, BLOCK_DV))
         await_full(keys, count, STAGES)
         b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         await_full(values, count, STAGES)
         b_dp = warpgroup_mma(b_do, b_v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        b_s = warpgroup_mma_wait(1, deps=[b_s])
-        if BORDER:
-            b_s = mask_keys(b_s, (high - 1 - i) * BLOCK_N, o_row, extent, OPTIONS)
-        b_p = gl.exp2(b_s * factor - b_lse[:, None])
-        b_dp = warpgroup_mma_wait(0, deps=[b_dp])
-        release(values, count, STAGES)
-        b_ds = b_p * (b_dp - b_delta[:, None])
+        if OPTIONS.direct:
+            b_s = warpgroup_mma_wait(1, deps=[b_s])
+            if BORDER:
+                b_s = mask_keys(b_s, first, o_row, extent, OPTIONS)
+            b_p = gl.exp2(b_s * factor - b_lse[:, None])
+            b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+            release(values, count, STAGES)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+        else:
+            b_s, b_dp = warpgroup_mma_wait(0, deps=[b_s, b_dp])
+            release(values, count, STAGES)
+            _, _, b_ds = weights_and_gradient(
+                b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_row[:, None], o_key[None, :], by, BORDER,
+                OPTIONS.mask, OPTIONS.alibi, OPTIONS.softcap, OPTIONS.dropout,
+            )  # fmt: skip
         b_ds = gl.convert_layout(b_ds.to(keys.tiles.dtype), gl.DotOperandLayout(0, b_dq.type.layout, 2))
         b_dq = warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
         b_dq = warpgroup_mma_wait(0, deps=[b_dq])
@@ -365,7 +406,7 @@ def _consume_keys(
     rows,  # LSE (in log2) and delta
     grad_query,
     tiles,
-    scale,
+    modifiers,
     work,
     extent,
     ME: gl.constexpr,
@@ -381,8 +422,6 @@ def _consume_keys(
     BLOCK_DV: gl.constexpr = values.tiles.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    log2e: gl.constexpr = 1.4426950408889634
-    factor = scale * log2e
     b_q = queries.tiles.index(ME).reshape((ROWS, BLOCK_D))
     b_do = gradients.index(ME).reshape((ROWS, BLOCK_DV))
     q_count = ME
@@ -396,28 +435,29 @@ def _consume_keys(
         o_flat = place.to(gl.int64) * extent.q_len + o_row
         b_lse = gl.load(lse2 + o_flat, mask=m_row, other=float("inf"))
         b_delta = gl.load(delta + o_flat, mask=m_row, other=0.0)
+        by = scoring(modifiers, place // work.heads, place % work.heads, work.heads, extent, OPTIONS)
         await_full(queries, q_count, CONSUMERS)
         b_dq = gl.full((ROWS, BLOCK_D), 0.0, gl.float32, DQ_LAYOUT)
         b_dq, count = _visit_keys(
-            b_dq, count, high, inside_high, b_q, b_do, b_lse, b_delta, keys, values, o_row, factor, extent,
+            b_dq, count, high, inside_high, b_q, b_do, b_lse, b_delta, keys, values, o_row, by, extent,
             OPTIONS, True, S_LAYOUT,
         )  # fmt: skip
         b_dq, count = _visit_keys(
-            b_dq, count, inside_high, inside_low, b_q, b_do, b_lse, b_delta, keys, values, o_row, factor, extent,
+            b_dq, count, inside_high, inside_low, b_q, b_do, b_lse, b_delta, keys, values, o_row, by, extent,
             OPTIONS, False, S_LAYOUT,
         )  # fmt: skip
         if OPTIONS.left:
             b_dq, count = _visit_keys(
-                b_dq, count, inside_low, low, b_q, b_do, b_lse, b_delta, keys, values, o_row, factor, extent,
+                b_dq, count, inside_low, low, b_q, b_do, b_lse, b_delta, keys, values, o_row, by, extent,
                 OPTIONS, True, S_LAYOUT,
             )  # fmt: skip
         release(queries, q_count, CONSUMERS)
         q_count += CONSUMERS
         o_base = (place // work.heads).to(gl.int64) * extent.q_len * work.heads + place % work.heads
-        write(b_dq * scale, grad_query + o_base * D, work.heads * D, first_row, extent.q_len, D)
+        write(b_dq * modifiers.scale, grad_query + o_base * D, work.heads * D, first_row, extent.q_len, D)
 
 
-@gluon.jit(do_not_specialize=["heads", "places", "q_len", "kv_len", "left", "right"])
+@gluon.jit(do_not_specialize=["heads", "places", "q_len", "kv_len", "left", "right", "seed"])
 def hopper_dq(
     query,
     key,
@@ -426,9 +466,20 @@ def hopper_dq(
     lse2,
     delta,
     grad_query,
-    scale,
     places,
     heads,
+    mask,
+    slopes,
+    seed,
+    scale,
+    softcap,
+    dropout,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ah,
     q_len,
     kv_len,
     left,
@@ -442,6 +493,9 @@ def hopper_dq(
     THIRD: gl.constexpr = 2
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     extent = Extent(q_len, kv_len, left, right)
+    modifiers = Modifiers(
+        mask, slopes, seed, scale, softcap, dropout, stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah
+    )
     work = Work(gl.cdiv(q_len, CONSUMERS * query.block_type.shape[2]), places, heads)
     queries = ring(query, CONSUMERS, 1)
     gradients = slots(grad_out, CONSUMERS)
@@ -453,7 +507,7 @@ def hopper_dq(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
                 (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
             ],
             [1],
@@ -462,8 +516,8 @@ def hopper_dq(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, FIRST, D, OPTIONS)),
-                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, SECOND, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, SECOND, D, OPTIONS)),
                 (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
             ],
             [4, 1],
@@ -472,9 +526,9 @@ def hopper_dq(
     else:
         gl.warp_specialize(
             [
-                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, FIRST, D, OPTIONS)),
-                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, SECOND, D, OPTIONS)),
-                (_consume_keys, (rows, grad_query, tiles, scale, work, extent, THIRD, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, SECOND, D, OPTIONS)),
+                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, THIRD, D, OPTIONS)),
                 (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
             ],
             [4, 4, 1],
@@ -499,6 +553,8 @@ def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch
     batch, kv_len, kv_heads, head_dim = key.shape
     grad_key = key.new_empty(batch, kv_len, kv_heads, head_dim)
     grad_value = value.new_empty(batch, kv_len, kv_heads, value.shape[-1])
+    if config["padded"]:
+        query, grad_out = pad_columns(query), pad_columns(grad_out)
     tiles = triton.cdiv(kv_len, ROWS * chosen.consumers) * batch * kv_heads
     block_m = config["block_m"]
     with torch.cuda.device_of(query):
@@ -511,10 +567,9 @@ def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch
             _rows(prepared.delta, block_m, 0.0),
             grad_key,
             grad_value,
-            call.scale,
             batch * kv_heads,
             kv_heads,
-            *extent(call),
+            **modifiers(call, prepared.delta),
             D=head_dim,
             DV=value.shape[-1],
             OPTIONS=chosen,
@@ -530,6 +585,8 @@ def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
     query, key, value, grad_out = (describable(tensor) for tensor in tensors)
     batch, q_len, heads, head_dim = query.shape
     grad_query = query.new_empty(batch, q_len, heads, head_dim)
+    if config["padded"]:
+        key, value = pad_columns(key), pad_columns(value)
     tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
     block_n = config["block_n"]
     with torch.cuda.device_of(query):
@@ -541,10 +598,9 @@ def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
             prepared.lse2,
             prepared.delta,
             grad_query,
-            call.scale,
             batch * heads,
             heads,
-            *extent(call),
+            **modifiers(call, prepared.delta),
             D=head_dim,
             OPTIONS=chosen,
             **warp_options(chosen.consumers),

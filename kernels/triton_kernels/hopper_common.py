@@ -20,8 +20,9 @@ from tilewise.domain.config import Config
 
 from ..call import Call
 from ..tiles import padded
+from .common import Scoring, features
 from .forward import adjacent_heads
-from .ranges import NO_LIMIT, key_range
+from .ranges import key_range
 
 ROWS = 64  # of a consumer: what one warpgroup's matrix instruction takes
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -47,6 +48,23 @@ class Extent(NamedTuple):
     right: Any
 
 
+class Modifiers(NamedTuple):
+    """What turns products into weights: the arguments of `common.features`, by its names."""
+
+    mask: Any
+    slopes: Any
+    seed: Any
+    scale: Any
+    softcap: Any
+    dropout: Any
+    stride_mb: Any
+    stride_mh: Any
+    stride_mq: Any
+    stride_mk: Any
+    stride_ab: Any
+    stride_ah: Any
+
+
 class Work(NamedTuple):
     """The tiles of the result: `blocks` of rows for each of `places` = batch * heads."""
 
@@ -68,6 +86,20 @@ class Options:
     left: bool  # whether the window has a left side
     right: bool  # whether it has a right side; causal is right = 0
     wide: bool  # whether value is a wide descriptor
+    mask: int  # its kind, as in common
+    alibi: bool
+    softcap: bool
+    dropout: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are the scaled products, but for window and length."""
+        return self.mask == 0 and not self.alibi and not self.softcap
+
+    @property
+    def direct(self) -> bool:
+        """Whether, besides, no weight is dropped."""
+        return self.plain and not self.dropout
 
 
 @gluon.jit
@@ -168,6 +200,28 @@ def key_tiles(block, extent, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OPTIO
 
 
 @gluon.jit
+def scoring(modifiers, entry, head, heads, extent, OPTIONS: gl.constexpr):
+    """Return the Scoring of one batch entry and query head."""
+    o_entry = entry.to(gl.int64)
+    o_head = head.to(gl.int64)
+    p_mask = modifiers.mask
+    stride_mq, stride_mk = modifiers.stride_mq, modifiers.stride_mk
+    if OPTIONS.mask != 0:
+        p_mask = p_mask + o_entry * modifiers.stride_mb + o_head * modifiers.stride_mh
+    if OPTIONS.mask > 2:  # what is known of a number's divisors does not reach a partition
+        p_mask = gl.multiple_of(p_mask, 16)
+        stride_mq, stride_mk = stride_mq // 16 * 16, 1
+    slope = 0.0
+    if OPTIONS.alibi:
+        slope = gl.load(modifiers.slopes + o_entry * modifiers.stride_ab + o_head * modifiers.stride_ah)
+    return Scoring(
+        p_mask, stride_mq, stride_mk, slope, modifiers.seed, o_entry * heads + o_head,
+        modifiers.scale, modifiers.softcap, modifiers.dropout, extent.q_len, extent.kv_len, extent.q_len,
+        extent.kv_len, extent.left, extent.right,
+    )  # fmt: skip
+
+
+@gluon.jit
 def mask_keys(b_s, first, o_row, extent, OPTIONS: gl.constexpr):
     """Return the scores of queries o_row and the keys from `first` on, -inf outside the window and the length."""
     o_key = first + gl.arange(0, b_s.shape[1], layout=gl.SliceLayout(0, b_s.type.layout))
@@ -206,10 +260,15 @@ def descriptor(tensor: torch.Tensor, rows: int, *, wide: bool = False) -> Tensor
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
-def extent(call: Call) -> tuple[int, int, int, int]:
-    """Return the values of Extent."""
-    left, right = (NO_LIMIT if side == -1 else side for side in call.window)
-    return call.query.shape[1], call.key.shape[1], left, right
+# The names of Modifiers and Extent among the dynamic arguments of `common.features`.
+MODIFIERS = (*Modifiers._fields, *Extent._fields)
+
+
+def modifiers(call: Call, unused: torch.Tensor) -> dict[str, object]:
+    """Return the arguments of Modifiers and Extent for `call`; a tensor that it has not is `unused`, for None is no
+    member of a tuple in a kernel."""
+    given = features(call).dynamic
+    return {name: unused if given[name] is None else given[name] for name in MODIFIERS}
 
 
 def options(call: Call, config: Config) -> Options:
@@ -226,7 +285,19 @@ def options(call: Call, config: Config) -> Options:
         left=left != -1,
         right=right != -1,
         wide=adjacent_heads(call.value),
+        **_selected(call),
     )
+
+
+def _selected(call: Call) -> dict[str, Any]:
+    given = features(call)
+    selected: dict[str, Any] = {name: given.static[name.upper()] for name in ("mask", "alibi", "softcap", "dropout")}
+    mask: Any = given.dynamic["mask"]
+    if selected["mask"] > 2:
+        *strides, stride_mk = mask.stride()
+        if mask.data_ptr() % 16 or any(stride % 16 for stride in strides) or stride_mk != 1:
+            selected["mask"] -= 2
+    return selected
 
 
 def warp_options(consumers: int) -> dict[str, int]:

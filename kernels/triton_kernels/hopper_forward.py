@@ -18,28 +18,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tilewise.domain.config import Config
 
 from ..call import Call
+from .common import kept, mask_tile, scores
 from .forward import describable
 from .hopper_common import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     ROWS,
     Extent,
+    Modifiers,
     Work,
     assigned,
     await_full,
     barriers,
     descriptor,
-    extent,
     fill,
     grid,
     key_tiles,
     mask_keys,
+    modifiers,
     options,
     release,
     ring,
+    scoring,
     warp_options,
     write,
 )
+from .padding import pad_columns
 
 
 @gluon.jit
@@ -68,13 +72,48 @@ def _produce(
             fill(queries, q_count, query, [entry, head, (block * CONSUMERS + me) * ROWS, 0], SLOTS)
             q_count += 1
         for i in range(high - low):
-            first = (high - 1 - i) * BLOCK_N
+            first = gl.multiple_of((high - 1 - i) * BLOCK_N, BLOCK_N)
             fill(keys, count, key, [entry, head // OPTIONS.group, first, 0], OPTIONS.stages)
             if OPTIONS.wide:
                 fill(values, count, value, [entry, 0, first, head // OPTIONS.group * DV], OPTIONS.stages)
             else:
                 fill(values, count, value, [entry, head // OPTIONS.group, first, 0], OPTIONS.stages)
             count += 1
+
+
+@gluon.jit
+def _mask(first, o_row, by, OPTIONS: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Return the mask of queries o_row and the keys of the tile from `first` on, in the layout of the scores."""
+    BLOCK_N: gl.constexpr = S_LAYOUT.instr_shape[1]
+    o_key = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+    return mask_tile(o_row[:, None], o_key[None, :], by, OPTIONS.mask)
+
+
+@gluon.jit
+def _scores(b_s, b_mask, first, o_row, by, extent, OPTIONS: gl.constexpr, BORDER: gl.constexpr):
+    """Return the scores, and the factor that brings them to log2 units."""
+    log2e: gl.constexpr = 1.4426950408889634
+    if OPTIONS.plain:
+        if BORDER:
+            b_s = mask_keys(b_s, first, o_row, extent, OPTIONS)
+        factor = by.scale * log2e
+    else:
+        o_key = first + gl.arange(0, b_s.shape[1], layout=gl.SliceLayout(0, b_s.type.layout))
+        b_s, _ = scores(
+            b_s, b_mask, o_row[:, None], o_key[None, :], by, OPTIONS.mask, OPTIONS.alibi, OPTIONS.softcap, BORDER
+        )
+        factor = by.scale * 0.0 + log2e
+    return b_s, factor
+
+
+@gluon.jit
+def _dropped(b_p, first, o_row, by, OPTIONS: gl.constexpr):
+    """Return the weights that dropout keeps, 0 for the others; the sum of a row is that of all."""
+    if OPTIONS.dropout:
+        o_key = first + gl.arange(0, b_p.shape[1], layout=gl.SliceLayout(0, b_p.type.layout))
+        m_keep = kept(by.seed, by.o_place, o_row[:, None], o_key[None, :], by.max_q, by.max_kv, by.dropout)
+        b_p = gl.where(m_keep, b_p, 0.0)
+    return b_p
 
 
 @gluon.jit
@@ -114,7 +153,7 @@ def _visit(
     values,
     turns,
     o_row,
-    factor,
+    by,  # Scoring
     extent,
     ME: gl.constexpr,
     OPTIONS: gl.constexpr,
@@ -129,6 +168,8 @@ def _visit(
     b_zero = gl.full((o_row.shape[0], BLOCK_N), 0.0, gl.float32, S_LAYOUT)
     for i in range(high - low):
         before = count - 1
+        first = gl.multiple_of((high - 1 - i) * BLOCK_N, BLOCK_N)
+        b_mask = _mask(first, o_row, by, OPTIONS, S_LAYOUT)
         await_full(keys, count, STAGES)
         _take_turn(turns, count, ME, OPTIONS)
         b_k = keys.tiles.index(count % STAGES).reshape((BLOCK_N, BLOCK_D)).permute((1, 0))
@@ -139,9 +180,9 @@ def _visit(
         _pass_turn(turns, ME, OPTIONS)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         release(keys, count, STAGES)
-        if BORDER:
-            b_s = mask_keys(b_s, (high - 1 - i) * BLOCK_N, o_row, extent, OPTIONS)
-        b_weights, b_decay, b_peak, b_sum = _softmax(b_s, b_peak, b_sum, factor, BORDER)
+        b_s, factor = _scores(b_s, b_mask, first, o_row, by, extent, OPTIONS, BORDER)
+        b_weights, b_decay, b_peak, b_sum = _softmax(b_s, b_peak, b_sum, factor, BORDER or OPTIONS.mask != 0)
+        b_weights = _dropped(b_weights, first, o_row, by, OPTIONS)
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         release(values, before, STAGES)
         b_acc = b_acc * gl.convert_layout(b_decay, gl.SliceLayout(1, b_acc.type.layout))[:, None]
@@ -156,7 +197,7 @@ def _consume(
     strides,  # of the result
     tiles,
     turns,
-    scale,
+    modifiers,
     work,
     extent,
     ME: gl.constexpr,
@@ -176,9 +217,7 @@ def _consume(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    log2e: gl.constexpr = 1.4426950408889634
     ln2: gl.constexpr = 0.6931471805599453
-    factor = scale * log2e
     q_count = ME
     count = 0
     for tile in range(gl.program_id(0), work.blocks * work.places, gl.num_programs(0)):
@@ -188,6 +227,9 @@ def _consume(
         o_row = first_row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
         b_q = queries.tiles.index(q_count % SLOTS).reshape((ROWS, BLOCK_D))
         await_full(queries, q_count, SLOTS)
+        by = scoring(modifiers, place // work.heads, place % work.heads, work.heads, extent, OPTIONS)
+        first = (high - 1) * BLOCK_N
+        b_mask = _mask(first, o_row, by, OPTIONS, S_LAYOUT)
 
         await_full(keys, count, STAGES)
         _take_turn(turns, count, ME, OPTIONS)
@@ -197,10 +239,11 @@ def _consume(
         _pass_turn(turns, ME, OPTIONS)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         release(keys, count, STAGES)
-        b_s = mask_keys(b_s, (high - 1) * BLOCK_N, o_row, extent, OPTIONS)
+        b_s, factor = _scores(b_s, b_mask, first, o_row, by, extent, OPTIONS, True)
         b_peak = gl.full((ROWS,), -float("inf"), gl.float32, ROW_LAYOUT)
         b_sum = gl.full((ROWS,), 0.0, gl.float32, ROW_LAYOUT)
         b_weights, _, b_peak, b_sum = _softmax(b_s, b_peak, b_sum, factor, True)
+        b_weights = _dropped(b_weights, first, o_row, by, OPTIONS)
         b_p = gl.convert_layout(b_weights.to(keys.tiles.dtype), P_LAYOUT)
         b_acc = gl.full((ROWS, BLOCK_DV), 0.0, gl.float32, O_LAYOUT)
         count += 1
@@ -208,17 +251,17 @@ def _consume(
         seen = high - 1
         if OPTIONS.right:
             b_acc, b_sum, b_peak, b_p, count = _visit(
-                b_acc, b_sum, b_peak, b_p, count, seen, inside_high, b_q, keys, values, turns, o_row, factor, extent,
+                b_acc, b_sum, b_peak, b_p, count, seen, inside_high, b_q, keys, values, turns, o_row, by, extent,
                 ME, OPTIONS, True, S_LAYOUT,
             )  # fmt: skip
             seen = inside_high
         b_acc, b_sum, b_peak, b_p, count = _visit(
-            b_acc, b_sum, b_peak, b_p, count, seen, inside_low, b_q, keys, values, turns, o_row, factor, extent,
+            b_acc, b_sum, b_peak, b_p, count, seen, inside_low, b_q, keys, values, turns, o_row, by, extent,
             ME, OPTIONS, False, S_LAYOUT,
         )  # fmt: skip
         if OPTIONS.left:
             b_acc, b_sum, b_peak, b_p, count = _visit(
-                b_acc, b_sum, b_peak, b_p, count, inside_low, low, b_q, keys, values, turns, o_row, factor, extent,
+                b_acc, b_sum, b_peak, b_p, count, inside_low, low, b_q, keys, values, turns, o_row, by, extent,
                 ME, OPTIONS, True, S_LAYOUT,
             )  # fmt: skip
         release(queries, q_count, SLOTS)
@@ -232,6 +275,8 @@ def _consume(
 
         m_seen = b_sum > 0.0
         b_norm = 1.0 / gl.where(m_seen, b_sum, 1.0)
+        if OPTIONS.dropout:
+            b_norm = b_norm / (1.0 - modifiers.dropout)
         b_lse = gl.where(m_seen, (b_peak + gl.log2(gl.where(m_seen, b_sum, 1.0))) * ln2, -float("inf"))
         gl.store(lse + place.to(gl.int64) * extent.q_len + o_row, b_lse, mask=o_row < extent.q_len)
         b_acc = b_acc * gl.convert_layout(b_norm, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -240,19 +285,30 @@ def _consume(
 
 
 # One compilation serves all lengths, as for the other kernels.
-@gluon.jit(do_not_specialize=["heads", "places", "q_len", "kv_len", "left", "right"])
+@gluon.jit(do_not_specialize=["heads", "places", "q_len", "kv_len", "left", "right", "seed"])
 def hopper_forward(
     query,
     key,
     value,
     out,
     lse,
-    scale,
     stride_ob,
     stride_os,
     stride_oh,
     places,
     heads,
+    mask,
+    slopes,
+    seed,
+    scale,
+    softcap,
+    dropout,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ah,
     q_len,
     kv_len,
     left,
@@ -266,6 +322,9 @@ def hopper_forward(
     THIRD: gl.constexpr = 2
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     extent = Extent(q_len, kv_len, left, right)
+    modifiers = Modifiers(
+        mask, slopes, seed, scale, softcap, dropout, stride_mb, stride_mh, stride_mq, stride_mk, stride_ab, stride_ah
+    )
     work = Work(gl.cdiv(q_len, CONSUMERS * query.block_type.shape[2]), places, heads)
     queries = ring(query, OPTIONS.q_stages * CONSUMERS, 1)
     keys = ring(key, OPTIONS.stages, CONSUMERS)
@@ -279,7 +338,7 @@ def hopper_forward(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (results, strides, tiles, turns, scale, work, extent, FIRST, DV, OPTIONS)),
+                (_consume, (results, strides, tiles, turns, modifiers, work, extent, FIRST, DV, OPTIONS)),
                 (_produce, (sources, tiles, work, extent, DV, OPTIONS)),
             ],
             [1],
@@ -288,8 +347,8 @@ def hopper_forward(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (results, strides, tiles, turns, scale, work, extent, FIRST, DV, OPTIONS)),
-                (_consume, (results, strides, tiles, turns, scale, work, extent, SECOND, DV, OPTIONS)),
+                (_consume, (results, strides, tiles, turns, modifiers, work, extent, FIRST, DV, OPTIONS)),
+                (_consume, (results, strides, tiles, turns, modifiers, work, extent, SECOND, DV, OPTIONS)),
                 (_produce, (sources, tiles, work, extent, DV, OPTIONS)),
             ],
             [4, 1],
@@ -298,9 +357,9 @@ def hopper_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (results, strides, tiles, turns, scale, work, extent, FIRST, DV, OPTIONS)),
-                (_consume, (results, strides, tiles, turns, scale, work, extent, SECOND, DV, OPTIONS)),
-                (_consume, (results, strides, tiles, turns, scale, work, extent, THIRD, DV, OPTIONS)),
+                (_consume, (results, strides, tiles, turns, modifiers, work, extent, FIRST, DV, OPTIONS)),
+                (_consume, (results, strides, tiles, turns, modifiers, work, extent, SECOND, DV, OPTIONS)),
+                (_consume, (results, strides, tiles, turns, modifiers, work, extent, THIRD, DV, OPTIONS)),
                 (_produce, (sources, tiles, work, extent, DV, OPTIONS)),
             ],
             [4, 4, 1],
@@ -312,8 +371,10 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32. The scale must be above 0."""
     query, key, value = (describable(tensor) for tensor in (call.query, call.key, call.value))
     chosen = options(call.with_tensors(query, key, value), config)
+    if config["padded"]:
+        key, value = pad_columns(key), value if chosen.wide else pad_columns(value)
     batch, q_len, heads, _ = query.shape
-    out = query.new_empty(batch, q_len, heads, value.shape[-1])
+    out = query.new_empty(batch, q_len, heads, call.value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
     with torch.cuda.device_of(query):
@@ -323,12 +384,11 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
             descriptor(value, config["block_n"], wide=chosen.wide),
             out,
             lse,
-            call.scale,
             *out.stride()[:3],
             batch * heads,
             heads,
-            *extent(call),
-            DV=value.shape[-1],
+            **modifiers(call, lse),
+            DV=call.value.shape[-1],
             OPTIONS=chosen,
             **warp_options(chosen.consumers),
         )

@@ -197,6 +197,7 @@ def test_every_backend_has_a_hash_of_its_source(backend: str) -> None:
         ("backends/sdpa.py", "sdpa"),
         ("triton_kernels/common.py", "triton_forward"),
         ("triton_kernels/forward.py", "triton_forward"),
+        ("triton_kernels/padding.py", "triton_forward"),
         ("triton_kernels/backward.py", "triton_backward"),
         ("triton_kernels/hopper_common.py", "triton_hopper"),
         ("triton_kernels/hopper_forward.py", "triton_hopper"),

@@ -32,10 +32,9 @@ def test_both_kernels_of_each_role_are_offered_on_sm_90_only() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mask": "bool"}, {"mask": "bias"}, {"alibi": True}, {"softcap": True}, {"dropout": True}, {"dtype": Dtype.FP32},
-     {"head_dim": 36}, {"varlen": True}],
+    [{"dtype": Dtype.FP32}, {"head_dim": 36}, {"varlen": True}],
     ids=str,
-)  # fmt: skip
+)
 def test_what_the_kernels_do_not_know_is_not_theirs(changes: dict[str, Any]) -> None:
     changes = {**changes, **({"v_head_dim": 0} if "head_dim" in changes else {})}
     assert not set(by_kernel(replace(PLAIN, **changes))) & set(hopper_spaces.KERNELS)
@@ -53,7 +52,10 @@ def test_what_is_offered_fits_by_count(head_dim: int, v_head_dim: int) -> None:
         space = spaces[kernel]
         assert space.default in space
         widths = hopper_spaces.Widths(
-            1 << max(4, (head_dim - 1).bit_length()), 1 << max(4, (v_head_dim - 1).bit_length()), H200.shared_memory
+            1 << max(4, (head_dim - 1).bit_length()),
+            1 << max(4, (v_head_dim - 1).bit_length()),
+            H200.shared_memory,
+            False,
         )
         for config in space:
             assert hopper_spaces.shared_memory(role, widths, config.as_dict()) <= H200.shared_memory
@@ -86,6 +88,43 @@ def cases() -> list[tuple[str, str, tuple[int, int], Dtype, int]]:
         (heads[n % 3], reaches[(n + n // 8) % 8], WIDTHS[n % 10], (Dtype.FP16, Dtype.BF16)[(n + n // 10) % 2], n)
         for n in range(20)
     ]
+
+
+FEATURES: list[dict[str, Any]] = [
+    {"mask": "bool"},
+    {"mask": "bool.b1h1", "q_len": 1000, "kv_len": 777},
+    {"mask": "bool.q1", "causal": True, "head_dim": 56},
+    {"mask": "bool.k1", "head_dim": 128},
+    {"mask": "bias", "head_dim": 128},
+    {"mask": "bias.b1", "bias_grad": True, "causal": True, "head_dim": 128},
+    {"mask": "bias.h1q1", "q_len": 333, "kv_len": 1111, "head_dim": 96},
+    {"mask": "bias", "window": (200, 50), "alibi": True},
+    {"alibi": True, "causal": True, "head_dim": 128},
+    {"alibi": True, "q_len": 1111, "kv_len": 333, "causal": True},
+    {"softcap": True, "causal": True, "head_dim": 128},
+    {"softcap": True, "window": (300, 0), "dtype": Dtype.BF16},
+    {"dropout": True, "causal": True},
+    {"dropout": True, "head_dim": 128, "q_len": 700, "kv_len": 900},
+    {"mask": "bias", "alibi": True, "softcap": True, "dropout": True, "window": (400, 100), "dtype": Dtype.BF16},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", FEATURES, ids=str)
+def test_features_at_real_sizes(fields: dict[str, Any]) -> None:
+    """Result and gradients of the default of each kernel, with GQA."""
+    device = devices.select("cuda")
+    sizes = {"batch": 2, "heads": 6, "kv_heads": 2, "q_len": 1024, "head_dim": 64}
+    problem = Problem(**{"pass_": Pass.TRAINING, **sizes, **fields})
+    described = devices.describe(device)
+    if described.capability != 90:
+        pytest.skip(f"needs sm_90, this is {described.arch}")
+    configs = {
+        role: next(each.default for each in whole.by_kernel if each.kernel in hopper_spaces.KERNELS)
+        for role, whole in Triton().spaces(problem, described).items()
+    }
+    error = Checker(problem, device, seed=0).check(Candidate.of("triton", **configs))
+    assert error.worst <= 1, f"{configs}: {error}"
 
 
 @pytest.mark.gpu
