@@ -132,8 +132,14 @@ def _known(space: SearchSpace, problem: Problem) -> list[Config]:
     width = max(problem.head_dim, problem.v_head_dim)
     by_width = KNOWN.get(space.kernel, {})
     values = next((known for widest, known in sorted(by_width.items()) if width <= widest), ())
-    found = [Config.of(space.kernel, **{**space.default.as_dict(), **each}) for each in values]
+    each_way = [{**each, "padded": way} for each in values for way in (False, True)] if _pads(space) else values
+    found = [Config.of(space.kernel, **{**space.default.as_dict(), **each}) for each in each_way]
     return [config for config in found if config in space and config != space.default]
+
+
+def _pads(space: SearchSpace) -> bool:
+    """Whether the tiles of a narrow head may be padded before."""
+    return any(parameter.name == "padded" and True in parameter.values for parameter in space.parameters)
 
 
 def _fits(candidate: Candidate, spaces: Mapping[str, SearchSpace]) -> bool:

@@ -128,7 +128,7 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
         Parameter("num_stages", (1, 2, 3, 4)),
         Parameter("persistent", (False, True), ordered=False),
         Parameter("swizzle", (0, 16, 64), ordered=False),
-        Parameter("padded", (False, True) if widths.narrow else (False,), ordered=False),
+        *([Parameter("padded", (False, True), ordered=False)] if widths.narrow else []),
     ]
     if role == "forward":
         parameters += [Parameter("q_stages", (1, 2)), Parameter("pingpong", (False, True), ordered=False)]
@@ -139,7 +139,7 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
     kernel = next(name for name, its in ROLES.items() if its == role)
     for values in _DEFAULTS[role]:
         # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
-        default = {**values, "persistent": role != "dkdv", "swizzle": 0, "padded": False}
+        default = {**values, "persistent": role != "dkdv", "swizzle": 0, **({"padded": False} if widths.narrow else {})}
         if all(rule.holds(default) for rule in constraints):
             return SearchSpace(kernel, tuple(parameters), Config.of(kernel, **default), tuple(constraints))
     return None

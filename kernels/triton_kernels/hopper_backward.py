@@ -553,7 +553,7 @@ def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch
     batch, kv_len, kv_heads, head_dim = key.shape
     grad_key = key.new_empty(batch, kv_len, kv_heads, head_dim)
     grad_value = value.new_empty(batch, kv_len, kv_heads, value.shape[-1])
-    if config["padded"]:
+    if config.as_dict().get("padded"):
         query, grad_out = pad_columns(query), pad_columns(grad_out)
     tiles = triton.cdiv(kv_len, ROWS * chosen.consumers) * batch * kv_heads
     block_m = config["block_m"]
@@ -585,7 +585,7 @@ def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
     query, key, value, grad_out = (describable(tensor) for tensor in tensors)
     batch, q_len, heads, head_dim = query.shape
     grad_query = query.new_empty(batch, q_len, heads, head_dim)
-    if config["padded"]:
+    if config.as_dict().get("padded"):
         key, value = pad_columns(key), pad_columns(value)
     tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
     block_n = config["block_n"]

@@ -371,7 +371,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32. The scale must be above 0."""
     query, key, value = (describable(tensor) for tensor in (call.query, call.key, call.value))
     chosen = options(call.with_tensors(query, key, value), config)
-    if config["padded"]:
+    if config.as_dict().get("padded"):
         key, value = pad_columns(key), value if chosen.wide else pad_columns(value)
     batch, q_len, heads, _ = query.shape
     out = query.new_empty(batch, q_len, heads, call.value.shape[-1])

@@ -16,6 +16,7 @@ from tilewise.domain import codec
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Pass, Problem
 from tilewise.domain.trial import Outcome
+from tilewise.kernels.backends import hopper_spaces
 
 from ..cli.test_cli import Cli
 
@@ -57,7 +58,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 def test_every_kernel_on_every_architecture() -> None:
     roles = {(job.role, job.arch) for job in jobs([TRAINING, DECODING], ARCHS, limit=1)}
     kernels = ("forward", "dkdv", "dq", "delta", "dbias", "decode", "combine")
-    assert roles == {(role, arch) for role in kernels for arch in ARCHS}
+    tiled = {(role, arch) for role in kernels for arch in ARCHS}
+    assert roles == tiled | {(kernel, "sm_90") for kernel in hopper_spaces.KERNELS}
 
 
 @pytest.mark.parametrize("problem", [TRAINING, DECODING], ids=lambda problem: str(problem.key))
