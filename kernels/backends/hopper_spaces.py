@@ -1,6 +1,7 @@
 """The search spaces of the warp-specialised kernels for sm_90 (triton_kernels.hopper_common)."""
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from ..tiles import padded
 FORWARD, DKDV, DQ = KERNELS = ("hopper_forward", "hopper_dkdv", "hopper_dq")
 ROLES = dict(zip(KERNELS, ("forward", "dkdv", "dq"), strict=True))
 ROWS = 64  # of a consumer
+DBIAS_SHARE = 1 / 32  # of a device's memory, at most, for the gradient of all scores
 # Registers of a consumer's thread, by warps of all consumers, less what addresses and barriers need.
 _REGISTERS = {4: 232 - 16, 8: 240 - 16, 12: 160 - 16}
 
@@ -23,13 +25,17 @@ _REGISTERS = {4: 232 - 16, 8: 240 - 16, 12: 160 - 16}
 class Widths:
     """What decides which tiles fit: padded head dims, and the shared memory of a block in bytes.
 
-    `narrow`: whether a head dim is less than its padded one.
+    - narrow: a head dim is less than its padded one.
+    - mask_bytes: of an element of a mask whose tiles a ring can hold, else 0.
+    - dbias: dq can write the gradient of all scores, which is then summed up to that of the mask.
     """
 
     head_dim: int
     v_head_dim: int
     shared_memory: int
     narrow: bool
+    mask_bytes: int = 0
+    dbias: bool = False
 
     @property
     def sum(self) -> int:
@@ -53,7 +59,15 @@ def predicted(kernel: str, problem: Problem, device: Device, values: Mapping[str
 
 def _widths(problem: Problem, device: Device) -> Widths:
     widths = padded(problem.head_dim), padded(problem.v_head_dim)
-    return Widths(*widths, device.shared_memory, widths != (problem.head_dim, problem.v_head_dim))
+    whole = problem.mask != "none" and "q1" not in problem.mask and "k1" not in problem.mask
+    scores = 2 * problem.batch * problem.heads * problem.q_len * problem.kv_len
+    return Widths(
+        *widths,
+        device.shared_memory,
+        narrow=widths != (problem.head_dim, problem.v_head_dim),
+        mask_bytes=(1 if problem.mask.startswith("bool") else 2) if whole and problem.kv_len % 16 == 0 else 0,
+        dbias=whole and problem.bias_grad and scores <= DBIAS_SHARE * device.memory_gib * 2**30,
+    )
 
 
 def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int:
@@ -69,6 +83,7 @@ def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int
         kept, block = consumers * ROWS * widths.sum, int(values["block_n"])
         results, extra = widths.head_dim, 0
     rearranging = consumers * max(8192, ROWS * results)
+    extra += int(values.get("mask_stages", 0)) * consumers * ROWS * block * widths.mask_bytes
     return 2 * (kept + stages * block * widths.sum) + extra + rearranging + 512
 
 
@@ -129,6 +144,8 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
         Parameter("persistent", (False, True), ordered=False),
         Parameter("swizzle", (0, 16, 64), ordered=False),
         *([Parameter("padded", (False, True), ordered=False)] if widths.narrow else []),
+        *([Parameter("mask_stages", (0, 1, 2))] if widths.mask_bytes else []),
+        *([Parameter("dbias", (False, True), ordered=False)] if role == "dq" and widths.dbias else []),
     ]
     if role == "forward":
         parameters += [Parameter("q_stages", (1, 2)), Parameter("pingpong", (False, True), ordered=False)]
@@ -137,9 +154,14 @@ def _space(role: str, widths: Widths) -> SearchSpace | None:
             Constraint("only a persistent program loads ahead", lambda v: v["q_stages"] == 1 or bool(v["persistent"])),
         ]
     kernel = next(name for name, its in ROLES.items() if its == role)
-    for values in _DEFAULTS[role]:
-        # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
-        default = {**values, "persistent": role != "dkdv", "swizzle": 0, **({"padded": False} if widths.narrow else {})}
+    common: dict[str, Value] = {"swizzle": 0}
+    # a persistent dkdv leaves multiprocessors idle where it has hardly more tiles than there are
+    common["persistent"] = role != "dkdv"
+    names = {parameter.name for parameter in parameters}
+    common |= {name: value for name, value in {"padded": False, "dbias": True}.items() if name in names}
+    rings: tuple[dict[str, Value], ...] = ({"mask_stages": 1}, {"mask_stages": 0}) if widths.mask_bytes else ({},)
+    for values, ring in itertools.product(_DEFAULTS[role], rings):
+        default = {**values, **common, **ring}
         if all(rule.holds(default) for rule in constraints):
             return SearchSpace(kernel, tuple(parameters), Config.of(kernel, **default), tuple(constraints))
     return None

@@ -73,10 +73,14 @@ class Triton(Backend):
         if {dkdv.kernel, dq.kernel} & {hopper_spaces.DKDV, hopper_spaces.DQ}:
             from ..triton_kernels import hopper_backward
         by_dkdv = hopper_backward.launch_dkdv if dkdv.kernel == hopper_spaces.DKDV else launch_dkdv
-        by_dq = hopper_backward.launch_dq if dq.kernel == hopper_spaces.DQ else launch_dq
         grad_key, grad_value = by_dkdv(prepared, dkdv)
-        grad_query = by_dq(prepared, dq)
-        grad_mask = launch_dbias(prepared) if call.problem.bias_grad else None
+        grad_mask = None
+        if dq.kernel == hopper_spaces.DQ:
+            grad_query, grad_mask = hopper_backward.launch_dq(prepared, dq)
+        else:
+            grad_query = launch_dq(prepared, dq)
+        if call.problem.bias_grad and grad_mask is None:
+            grad_mask = launch_dbias(prepared)
         return Gradients(grad_query, grad_key, grad_value, grad_mask)
 
     def kept_weights(self, call: Call, config: Config | None) -> torch.Tensor:  # noqa: ARG002

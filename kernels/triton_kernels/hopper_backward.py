@@ -33,15 +33,19 @@ from .hopper_common import (
     descriptor,
     fill,
     fill_both,
+    fill_mask,
     grid,
     key_tiles,
+    mask_descriptor,
     mask_keys,
+    mask_ring,
     modifiers,
     options,
     release,
     ring,
     scoring,
     slots,
+    take_mask,
     warp_options,
     write,
 )
@@ -66,14 +70,14 @@ def _query_tiles(block, extent, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OP
 
 @gluon.jit
 def _produce_queries(
-    sources,  # descriptors of query, key, value, grad_out, lse2 and delta
+    sources,  # descriptors of query, key, value, grad_out, lse2, delta and mask
     tiles,  # in shared memory, as are LSE and delta
     work,
     extent,
     OPTIONS: gl.constexpr,
 ):
-    query, key, value, grad_out, lse2, delta = sources
-    keys, values, queries, gradients, lses, deltas = tiles
+    query, key, value, grad_out, lse2, delta, mask = sources
+    keys, values, queries, gradients, lses, deltas, masks = tiles
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     ROWS: gl.constexpr = key.block_type.shape[2]
     BLOCK_M: gl.constexpr = query.block_type.shape[2]
@@ -96,6 +100,10 @@ def _produce_queries(
                 first = i * BLOCK_M
                 where = [entry, head, first, 0]
                 fill_both(queries, count, query, where, lses, lse2, [row, first], STAGES)
+                if OPTIONS.mask_stages:
+                    for me in gl.static_range(CONSUMERS):
+                        column = (block * CONSUMERS + me) * ROWS
+                        fill_mask(masks, count, mask, entry, head, first, column, me, OPTIONS)
                 fill_both(gradients, count, grad_out, where, deltas, delta, [row, first], STAGES)
                 count += 1
 
@@ -109,16 +117,18 @@ def _visit_queries(
     high,
     b_k,  # in shared memory, as b_v
     b_v,
-    visited,  # queries, gradients, LSE and delta
+    visited,  # queries, gradients, LSE, delta and mask
     o_key,
     by,  # Scoring
     extent,
+    ME: gl.constexpr,
     OPTIONS: gl.constexpr,
     BORDER: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):
     """Add what tiles low up to high of queries give; BORDER: compare with the window."""
-    queries, gradients, lses, deltas = visited
+    queries, gradients, lses, deltas, masks = visited
+    KIND: gl.constexpr = 0 if OPTIONS.mask_stages else OPTIONS.mask
     STAGES: gl.constexpr = OPTIONS.stages
     BLOCK_M: gl.constexpr = queries.tiles.shape[3]
     BLOCK_D: gl.constexpr = queries.tiles.shape[4]
@@ -128,7 +138,7 @@ def _visit_queries(
     for i in range(low, high):
         slot = count % STAGES
         o_row = gl.multiple_of(i * BLOCK_M, BLOCK_M) + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT))
-        b_mask = mask_tile(o_row[None, :], o_key[:, None], by, OPTIONS.mask)
+        b_mask = mask_tile(o_row[None, :], o_key[:, None], by, KIND)
         b_q = queries.tiles.index(slot).reshape((BLOCK_M, BLOCK_D))
         b_do = gradients.tiles.index(slot).reshape((BLOCK_M, BLOCK_DV))
         await_full(queries, count, STAGES)
@@ -150,6 +160,8 @@ def _visit_queries(
             b_ds = b_p * (b_dp - deltas.index(slot).load(S_LAYOUT))
         else:
             b_s, b_dp = warpgroup_mma_wait(0, deps=[b_s, b_dp])
+            if OPTIONS.mask_stages:
+                b_mask = take_mask(masks, count, ME, OPTIONS, True, S_LAYOUT)
             b_p, _, b_ds = weights_and_gradient(
                 b_s, b_dp, lses.index(slot).load(S_LAYOUT), deltas.index(slot).load(S_LAYOUT), b_mask, o_row[None, :],
                 o_key[:, None], by, BORDER, OPTIONS.mask, OPTIONS.alibi, OPTIONS.softcap, OPTIONS.dropout,
@@ -179,7 +191,7 @@ def _consume_queries(
     OPTIONS: gl.constexpr,
 ):
     grad_key, grad_value = results
-    keys, values, queries, gradients, lses, deltas = tiles
+    keys, values, queries, gradients, lses, deltas, masks = tiles
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     ROWS: gl.constexpr = keys.tiles.shape[3]
     BLOCK_M: gl.constexpr = queries.tiles.shape[3]
@@ -188,7 +200,7 @@ def _consume_queries(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    visited = (queries, gradients, lses, deltas)
+    visited = (queries, gradients, lses, deltas, masks)
     b_k = keys.tiles.index(ME).reshape((ROWS, BLOCK_D))
     b_v = values.index(ME).reshape((ROWS, BLOCK_DV))
     kv_count = ME
@@ -207,16 +219,16 @@ def _consume_queries(
             if OPTIONS.right:
                 b_dk, b_dv, count = _visit_queries(
                     b_dk, b_dv, count, low, inside_low, b_k, b_v, visited, o_key, by,
-                    extent, OPTIONS, True, S_LAYOUT,
+                    extent, ME, OPTIONS, True, S_LAYOUT,
                 )  # fmt: skip
             b_dk, b_dv, count = _visit_queries(
                 b_dk, b_dv, count, inside_low, inside_high, b_k, b_v, visited, o_key, by,
-                extent, OPTIONS, False, S_LAYOUT,
+                extent, ME, OPTIONS, False, S_LAYOUT,
             )  # fmt: skip
             if OPTIONS.left:
                 b_dk, b_dv, count = _visit_queries(
                     b_dk, b_dv, count, inside_high, high, b_k, b_v, visited, o_key, by,
-                    extent, OPTIONS, True, S_LAYOUT,
+                    extent, ME, OPTIONS, True, S_LAYOUT,
                 )  # fmt: skip
         release(keys, kv_count, CONSUMERS)
         kv_count += CONSUMERS
@@ -233,6 +245,7 @@ def hopper_dkdv(
     grad_out,
     lse2,
     delta,
+    mask_tiles,
     grad_key,
     grad_value,
     places,
@@ -275,8 +288,9 @@ def hopper_dkdv(
     lses = slots(lse2, OPTIONS.stages)
     deltas = slots(delta, OPTIONS.stages)
     fence_async_shared()
-    sources = (query, key, value, grad_out, lse2, delta)
-    tiles = (keys, values, queries, gradients, lses, deltas)
+    masks = mask_ring(mask_tiles, queries, OPTIONS)
+    sources = (query, key, value, grad_out, lse2, delta, mask_tiles)
+    tiles = (keys, values, queries, gradients, lses, deltas, masks)
     results = (grad_key, grad_value)
     if CONSUMERS == 1:
         gl.warp_specialize(
@@ -312,14 +326,14 @@ def hopper_dkdv(
 
 @gluon.jit
 def _produce_keys(
-    sources,  # descriptors of query, key, value and grad_out
+    sources,  # descriptors of query, key, value, grad_out and mask
     tiles,  # in shared memory
     work,
     extent,
     OPTIONS: gl.constexpr,
 ):
-    query, key, value, grad_out = sources
-    queries, gradients, keys, values = tiles
+    query, key, value, grad_out, mask = sources
+    queries, gradients, keys, values, masks = tiles
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     ROWS: gl.constexpr = query.block_type.shape[2]
     BLOCK_N: gl.constexpr = key.block_type.shape[2]
@@ -335,10 +349,26 @@ def _produce_keys(
             fill_both(queries, q_count, query, where, gradients, grad_out, where, CONSUMERS)
             q_count += 1
         for i in range(high - low):
-            where = [entry, head // OPTIONS.group, (high - 1 - i) * BLOCK_N, 0]
+            first = (high - 1 - i) * BLOCK_N
+            where = [entry, head // OPTIONS.group, first, 0]
             fill(keys, count, key, where, OPTIONS.stages)
+            if OPTIONS.mask_stages:
+                for me in gl.static_range(CONSUMERS):
+                    row = (block * CONSUMERS + me) * ROWS
+                    fill_mask(masks, count, mask, entry, head, row, first, me, OPTIONS)
             fill(values, count, value, where, OPTIONS.stages)
             count += 1
+
+
+@gluon.jit
+def _write_scores(b_ds, grad_scores, row, column, by, OPTIONS: gl.constexpr):
+    """Store the gradient of the scores from `row` and `column` on at its place of (batch * heads, Q, K)."""
+    stride, columns = by.kv_len, by.kv_len
+    p_tile = grad_scores + by.o_place * by.q_len * by.kv_len + column
+    if OPTIONS.mask > 2:  # what is known of a number's divisors does not reach a partition
+        stride, columns = stride // 16 * 16, columns // 16 * 16
+        p_tile = gl.multiple_of(p_tile, 16)
+    write(b_ds, p_tile, stride, row, by.q_len, columns - column)
 
 
 @gluon.jit
@@ -353,9 +383,13 @@ def _visit_keys(
     b_delta,
     keys,
     values,
+    masks,
+    grad_scores,  # (batch * heads, Q, K), or unused
     o_row,
+    first_row,
     by,  # Scoring
     extent,
+    ME: gl.constexpr,
     OPTIONS: gl.constexpr,
     BORDER: gl.constexpr,
     S_LAYOUT: gl.constexpr,
@@ -365,13 +399,14 @@ def _visit_keys(
     BLOCK_N: gl.constexpr = keys.tiles.shape[3]
     BLOCK_D: gl.constexpr = keys.tiles.shape[4]
     BLOCK_DV: gl.constexpr = values.tiles.shape[4]
+    KIND: gl.constexpr = 0 if OPTIONS.mask_stages else OPTIONS.mask
     factor = by.scale * 1.4426950408889634
     b_zero = gl.full((o_row.shape[0], BLOCK_N), 0.0, gl.float32, S_LAYOUT)
     for i in range(high - low):
         slot = count % STAGES
         first = gl.multiple_of((high - 1 - i) * BLOCK_N, BLOCK_N)
         o_key = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-        b_mask = mask_tile(o_row[:, None], o_key[None, :], by, OPTIONS.mask)
+        b_mask = mask_tile(o_row[:, None], o_key[None, :], by, KIND)
         b_k = keys.tiles.index(slot).reshape((BLOCK_N, BLOCK_D))
         b_v = values.tiles.index(slot).reshape((BLOCK_N, BLOCK_DV))
         await_full(keys, count, STAGES)
@@ -389,10 +424,14 @@ def _visit_keys(
         else:
             b_s, b_dp = warpgroup_mma_wait(0, deps=[b_s, b_dp])
             release(values, count, STAGES)
-            _, _, b_ds = weights_and_gradient(
+            if OPTIONS.mask_stages:
+                b_mask = take_mask(masks, count, ME, OPTIONS, False, S_LAYOUT)
+            _, b_dbias, b_ds = weights_and_gradient(
                 b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_row[:, None], o_key[None, :], by, BORDER,
                 OPTIONS.mask, OPTIONS.alibi, OPTIONS.softcap, OPTIONS.dropout,
             )  # fmt: skip
+            if OPTIONS.dbias:
+                _write_scores(b_dbias, grad_scores, first_row, first, by, OPTIONS)
         b_ds = gl.convert_layout(b_ds.to(keys.tiles.dtype), gl.DotOperandLayout(0, b_dq.type.layout, 2))
         b_dq = warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
         b_dq = warpgroup_mma_wait(0, deps=[b_dq])
@@ -404,7 +443,7 @@ def _visit_keys(
 @gluon.jit
 def _consume_keys(
     rows,  # LSE (in log2) and delta
-    grad_query,
+    results,  # gradients of query and of scores
     tiles,
     modifiers,
     work,
@@ -414,7 +453,8 @@ def _consume_keys(
     OPTIONS: gl.constexpr,
 ):
     lse2, delta = rows
-    queries, gradients, keys, values = tiles
+    grad_query, grad_scores = results
+    queries, gradients, keys, values, masks = tiles
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     ROWS: gl.constexpr = queries.tiles.shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[3]
@@ -439,17 +479,19 @@ def _consume_keys(
         await_full(queries, q_count, CONSUMERS)
         b_dq = gl.full((ROWS, BLOCK_D), 0.0, gl.float32, DQ_LAYOUT)
         b_dq, count = _visit_keys(
-            b_dq, count, high, inside_high, b_q, b_do, b_lse, b_delta, keys, values, o_row, by, extent,
-            OPTIONS, True, S_LAYOUT,
+            b_dq, count, high, inside_high, b_q, b_do, b_lse, b_delta, keys, values, masks, grad_scores,
+            o_row, first_row, by, extent,
+            ME, OPTIONS, True, S_LAYOUT,
         )  # fmt: skip
         b_dq, count = _visit_keys(
-            b_dq, count, inside_high, inside_low, b_q, b_do, b_lse, b_delta, keys, values, o_row, by, extent,
-            OPTIONS, False, S_LAYOUT,
+            b_dq, count, inside_high, inside_low, b_q, b_do, b_lse, b_delta, keys, values, masks, grad_scores,
+            o_row, first_row, by, extent,
+            ME, OPTIONS, False, S_LAYOUT,
         )  # fmt: skip
         if OPTIONS.left:
             b_dq, count = _visit_keys(
-                b_dq, count, inside_low, low, b_q, b_do, b_lse, b_delta, keys, values, o_row, by, extent,
-                OPTIONS, True, S_LAYOUT,
+                b_dq, count, inside_low, low, b_q, b_do, b_lse, b_delta, keys, values, masks,
+                grad_scores, o_row, first_row, by, extent, ME, OPTIONS, True, S_LAYOUT,
             )  # fmt: skip
         release(queries, q_count, CONSUMERS)
         q_count += CONSUMERS
@@ -463,9 +505,11 @@ def hopper_dq(
     key,
     value,
     grad_out,
+    mask_tiles,
     lse2,
     delta,
     grad_query,
+    grad_scores,
     places,
     heads,
     mask,
@@ -487,7 +531,10 @@ def hopper_dq(
     D: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):
-    """Grid: any number of programs. grad_query (B, Q, H, D) is dense, lse2 and delta are (B, H, Q)."""
+    """Grid: any number of programs. grad_query (B, Q, H, D) is dense, lse2 and delta are (B, H, Q).
+
+    grad_scores (B, H, Q, K) is written where OPTIONS.dbias: tiles out of the window's reach are not.
+    """
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     THIRD: gl.constexpr = 2
@@ -502,12 +549,13 @@ def hopper_dq(
     keys = ring(key, OPTIONS.stages, CONSUMERS)
     values = ring(value, OPTIONS.stages, CONSUMERS)
     fence_async_shared()
-    sources, rows = (query, key, value, grad_out), (lse2, delta)
-    tiles = (queries, gradients, keys, values)
+    masks = mask_ring(mask_tiles, keys, OPTIONS)
+    sources, rows, results = (query, key, value, grad_out, mask_tiles), (lse2, delta), (grad_query, grad_scores)
+    tiles = (queries, gradients, keys, values, masks)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, results, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
                 (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
             ],
             [1],
@@ -516,8 +564,8 @@ def hopper_dq(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
-                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, SECOND, D, OPTIONS)),
+                (_consume_keys, (rows, results, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, results, tiles, modifiers, work, extent, SECOND, D, OPTIONS)),
                 (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
             ],
             [4, 1],
@@ -526,9 +574,9 @@ def hopper_dq(
     else:
         gl.warp_specialize(
             [
-                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
-                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, SECOND, D, OPTIONS)),
-                (_consume_keys, (rows, grad_query, tiles, modifiers, work, extent, THIRD, D, OPTIONS)),
+                (_consume_keys, (rows, results, tiles, modifiers, work, extent, FIRST, D, OPTIONS)),
+                (_consume_keys, (rows, results, tiles, modifiers, work, extent, SECOND, D, OPTIONS)),
+                (_consume_keys, (rows, results, tiles, modifiers, work, extent, THIRD, D, OPTIONS)),
                 (_produce_keys, (sources, tiles, work, extent, OPTIONS)),
             ],
             [4, 4, 1],
@@ -556,15 +604,16 @@ def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch
     if config.as_dict().get("padded"):
         query, grad_out = pad_columns(query), pad_columns(grad_out)
     tiles = triton.cdiv(kv_len, ROWS * chosen.consumers) * batch * kv_heads
-    block_m = config["block_m"]
+    block_m, keys = config["block_m"], descriptor(key, ROWS)
     with torch.cuda.device_of(query):
         hopper_dkdv[grid(tiles, chosen.consumers, config["persistent"], query.device)](
             descriptor(query, block_m),
-            descriptor(key, ROWS),
+            keys,
             descriptor(value, ROWS),
             descriptor(grad_out, block_m),
             _rows(prepared.lse2, block_m, float("inf")),
             _rows(prepared.delta, block_m, 0.0),
+            mask_descriptor(call, block_m, ROWS, chosen, keys),
             grad_key,
             grad_value,
             batch * kv_heads,
@@ -578,26 +627,33 @@ def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch
     return grad_key, grad_value
 
 
-def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
-    """Return the gradient of query, in its shape, dense."""
+def launch_dq(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradient of query, in its shape, dense, and that of the mask, in its own, if the config says so."""
     call, chosen = prepared.call, options(prepared.call, config)
     tensors = (call.query, call.key, call.value, prepared.grad_out)
     query, key, value, grad_out = (describable(tensor) for tensor in tensors)
     batch, q_len, heads, head_dim = query.shape
     grad_query = query.new_empty(batch, q_len, heads, head_dim)
+    grad_scores = None
+    if chosen.dbias:
+        visited_whole = not (chosen.left or chosen.right)
+        new = query.new_empty if visited_whole else query.new_zeros
+        grad_scores = new(batch, heads, q_len, key.shape[1])
     if config.as_dict().get("padded"):
         key, value = pad_columns(key), pad_columns(value)
     tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
-    block_n = config["block_n"]
+    block_n, queries = config["block_n"], descriptor(query, ROWS)
     with torch.cuda.device_of(query):
         hopper_dq[grid(tiles, chosen.consumers, config["persistent"], query.device)](
-            descriptor(query, ROWS),
+            queries,
             descriptor(key, block_n),
             descriptor(value, block_n),
             descriptor(grad_out, ROWS),
+            mask_descriptor(call, ROWS, block_n, chosen, queries),
             prepared.lse2,
             prepared.delta,
             grad_query,
+            grad_query if grad_scores is None else grad_scores,
             batch * heads,
             heads,
             **modifiers(call, prepared.delta),
@@ -605,4 +661,6 @@ def launch_dq(prepared: Prepared, config: Config) -> torch.Tensor:
             OPTIONS=chosen,
             **warp_options(chosen.consumers),
         )
-    return grad_query
+    if grad_scores is None or call.mask is None:
+        return grad_query, None
+    return grad_query, grad_scores.sum_to_size((1,) * (4 - call.mask.dim()) + call.mask.shape).view(call.mask.shape)

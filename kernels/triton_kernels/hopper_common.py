@@ -28,7 +28,7 @@ ROWS = 64  # of a consumer: what one warpgroup's matrix instruction takes
 PRODUCER_REGISTERS = gl.constexpr(24)
 # of a consumer's thread, by the number of consumers: what is left of the 65,536 of a multiprocessor
 CONSUMER_REGISTERS = gl.constexpr({2: 240, 3: 160})
-GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.uint8: gl.uint8}
 
 
 class Ring(NamedTuple):
@@ -87,6 +87,8 @@ class Options:
     right: bool  # whether it has a right side; causal is right = 0
     wide: bool  # whether value is a wide descriptor
     mask: int  # its kind, as in common
+    mask_stages: int  # slots of the ring of its tiles, for each consumer; 0: consumers load them by pointers
+    dbias: bool  # whether dq writes the gradient of the scores
     alibi: bool
     softcap: bool
     dropout: bool
@@ -153,6 +155,37 @@ def await_full(of, count, SLOTS: gl.constexpr):
 def release(of, count, SLOTS: gl.constexpr):
     """Give the slot of use `count` back to the producer."""
     mbarrier.arrive(of.free.index(count % SLOTS), count=1)
+
+
+@gluon.jit
+def mask_ring(descriptor, unused, OPTIONS: gl.constexpr):
+    """Return the ring of the mask's tiles, each read by one consumer; `unused` where there is none."""
+    masks = unused
+    if OPTIONS.mask_stages:
+        masks = ring(descriptor, OPTIONS.mask_stages * OPTIONS.consumers, 1)
+    return masks
+
+
+@gluon.jit
+def fill_mask(into, count, descriptor, entry, head, row, column, ME: gl.constexpr, OPTIONS: gl.constexpr):
+    """Load the mask of consumer ME's part of tile `count`, from `row` and `column` on."""
+    SLOTS: gl.constexpr = OPTIONS.mask_stages * OPTIONS.consumers
+    where = [gl.minimum(entry, descriptor.shape[0] - 1), gl.minimum(head, descriptor.shape[1] - 1), row, column]
+    fill(into, count * OPTIONS.consumers + ME, descriptor, where, SLOTS)
+
+
+@gluon.jit
+def take_mask(masks, count, ME: gl.constexpr, OPTIONS: gl.constexpr, TRANSPOSED: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return consumer ME's part of tile `count` of the mask."""
+    SLOTS: gl.constexpr = OPTIONS.mask_stages * OPTIONS.consumers
+    use = count * OPTIONS.consumers + ME
+    await_full(masks, use, SLOTS)
+    tile = masks.tiles.index(use % SLOTS).reshape((masks.tiles.shape[3], masks.tiles.shape[4]))
+    if TRANSPOSED:
+        tile = tile.permute((1, 0))
+    b_mask = tile.load(LAYOUT)
+    release(masks, use, SLOTS)
+    return b_mask
 
 
 @gluon.jit
@@ -237,8 +270,8 @@ def mask_keys(b_s, first, o_row, extent, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def write(b_tile, pointer, stride, first, length, COLUMNS: gl.constexpr):
-    """Store rows first.. of a tile at `pointer`, which is at row 0, up to `length` rows and COLUMNS columns."""
+def write(b_tile, pointer, stride, first, length, columns):
+    """Store rows first.. of a tile at `pointer`, which is at row 0, up to `length` rows and `columns` columns."""
     WIDTH: gl.constexpr = b_tile.shape[1]
     LANES: gl.constexpr = 32 if WIDTH >= 256 else WIDTH // 8  # eight elements a thread
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
@@ -246,7 +279,7 @@ def write(b_tile, pointer, stride, first, length, COLUMNS: gl.constexpr):
     o_row = first + gl.arange(0, b_tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     o_column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     p_tile = pointer + o_row.to(gl.int64)[:, None] * stride + o_column[None, :]
-    gl.store(p_tile, b_out, mask=(o_row < length)[:, None] & (o_column < COLUMNS)[None, :])
+    gl.store(p_tile, b_out, mask=(o_row < length)[:, None] & (o_column < columns)[None, :])
 
 
 def descriptor(tensor: torch.Tensor, rows: int, *, wide: bool = False) -> TensorDescriptor:
@@ -258,6 +291,18 @@ def descriptor(tensor: torch.Tensor, rows: int, *, wide: bool = False) -> Tensor
     tensor = tensor.flatten(2).unsqueeze(1) if wide else tensor.permute(0, 2, 1, 3)
     layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+def mask_descriptor(call: Call, rows: int, columns: int, chosen: Options, unused: TensorDescriptor) -> TensorDescriptor:
+    """Return a TMA descriptor of the mask (B|1, H|1, Q, K) in tiles of (rows, columns), `unused` without a ring."""
+    if chosen.mask_stages == 0:
+        return unused
+    mask: Any = features(call).dynamic["mask"]
+    block, (*_, q_len, kv_len), (*outer, stride_mq, _) = [1, 1, rows, columns], mask.shape, mask.stride()
+    shape = [1 if stride == 0 else size for stride, size in zip(outer, mask.shape, strict=False)]
+    outer = [stride or q_len * stride_mq for stride in outer]
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[mask.dtype])
+    return TensorDescriptor(mask, [*shape, q_len, kv_len], [*outer, stride_mq, 1], block, layout)
 
 
 # The names of Modifiers and Extent among the dynamic arguments of `common.features`.
@@ -285,11 +330,13 @@ def options(call: Call, config: Config) -> Options:
         left=left != -1,
         right=right != -1,
         wide=adjacent_heads(call.value),
-        **_selected(call),
+        dbias=bool(chosen.get("dbias", False)) and call.problem.bias_grad,
+        **_selected(call, int(chosen.get("mask_stages", 0))),
     )
 
 
-def _selected(call: Call) -> dict[str, Any]:
+def _selected(call: Call, mask_stages: int) -> dict[str, Any]:
+    """Return what `call` selects. A float32 mask, or one with rows off multiples of 16, is loaded by pointers."""
     given = features(call)
     selected: dict[str, Any] = {name: given.static[name.upper()] for name in ("mask", "alibi", "softcap", "dropout")}
     mask: Any = given.dynamic["mask"]
@@ -297,7 +344,8 @@ def _selected(call: Call) -> dict[str, Any]:
         *strides, stride_mk = mask.stride()
         if mask.data_ptr() % 16 or any(stride % 16 for stride in strides) or stride_mk != 1:
             selected["mask"] -= 2
-    return selected
+    rows = selected["mask"] > 2 and mask.stride(2) != 0 and mask.dtype in GLUON_DTYPES
+    return selected | {"mask_stages": mask_stages if rows else 0}
 
 
 def warp_options(consumers: int) -> dict[str, int]:

@@ -32,14 +32,18 @@ from .hopper_common import (
     barriers,
     descriptor,
     fill,
+    fill_mask,
     grid,
     key_tiles,
+    mask_descriptor,
     mask_keys,
+    mask_ring,
     modifiers,
     options,
     release,
     ring,
     scoring,
+    take_mask,
     warp_options,
     write,
 )
@@ -48,15 +52,15 @@ from .padding import pad_columns
 
 @gluon.jit
 def _produce(
-    sources,  # descriptors of query, key and value
+    sources,  # descriptors of query, key, value and mask
     tiles,  # their rings
     work,
     extent,
     DV: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):
-    query, key, value = sources
-    queries, keys, values = tiles
+    query, key, value, mask = sources
+    queries, keys, values, masks = tiles
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     SLOTS: gl.constexpr = OPTIONS.q_stages * OPTIONS.consumers
     ROWS: gl.constexpr = query.block_type.shape[2]
@@ -74,6 +78,10 @@ def _produce(
         for i in range(high - low):
             first = gl.multiple_of((high - 1 - i) * BLOCK_N, BLOCK_N)
             fill(keys, count, key, [entry, head // OPTIONS.group, first, 0], OPTIONS.stages)
+            if OPTIONS.mask_stages:
+                for me in gl.static_range(CONSUMERS):
+                    row = (block * CONSUMERS + me) * ROWS
+                    fill_mask(masks, count, mask, entry, head, row, first, me, OPTIONS)
             if OPTIONS.wide:
                 fill(values, count, value, [entry, 0, first, head // OPTIONS.group * DV], OPTIONS.stages)
             else:
@@ -83,10 +91,14 @@ def _produce(
 
 @gluon.jit
 def _mask(first, o_row, by, OPTIONS: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Return the mask of queries o_row and the keys of the tile from `first` on, in the layout of the scores."""
+    """Return the mask of queries o_row and the keys of the tile from `first` on, in the layout of the scores.
+
+    0 where there is none, or where it comes through a ring.
+    """
     BLOCK_N: gl.constexpr = S_LAYOUT.instr_shape[1]
+    KIND: gl.constexpr = 0 if OPTIONS.mask_stages else OPTIONS.mask
     o_key = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-    return mask_tile(o_row[:, None], o_key[None, :], by, OPTIONS.mask)
+    return mask_tile(o_row[:, None], o_key[None, :], by, KIND)
 
 
 @gluon.jit
@@ -151,6 +163,7 @@ def _visit(
     b_q,  # in shared memory
     keys,
     values,
+    masks,
     turns,
     o_row,
     by,  # Scoring
@@ -180,6 +193,8 @@ def _visit(
         _pass_turn(turns, ME, OPTIONS)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         release(keys, count, STAGES)
+        if OPTIONS.mask_stages:
+            b_mask = take_mask(masks, count, ME, OPTIONS, False, S_LAYOUT)
         b_s, factor = _scores(b_s, b_mask, first, o_row, by, extent, OPTIONS, BORDER)
         b_weights, b_decay, b_peak, b_sum = _softmax(b_s, b_peak, b_sum, factor, BORDER or OPTIONS.mask != 0)
         b_weights = _dropped(b_weights, first, o_row, by, OPTIONS)
@@ -205,7 +220,7 @@ def _consume(
     OPTIONS: gl.constexpr,
 ):
     out, lse = results
-    queries, keys, values = tiles
+    queries, keys, values, masks = tiles
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     SLOTS: gl.constexpr = OPTIONS.q_stages * OPTIONS.consumers
     STAGES: gl.constexpr = OPTIONS.stages
@@ -239,6 +254,8 @@ def _consume(
         _pass_turn(turns, ME, OPTIONS)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         release(keys, count, STAGES)
+        if OPTIONS.mask_stages:
+            b_mask = take_mask(masks, count, ME, OPTIONS, False, S_LAYOUT)
         b_s, factor = _scores(b_s, b_mask, first, o_row, by, extent, OPTIONS, True)
         b_peak = gl.full((ROWS,), -float("inf"), gl.float32, ROW_LAYOUT)
         b_sum = gl.full((ROWS,), 0.0, gl.float32, ROW_LAYOUT)
@@ -251,18 +268,18 @@ def _consume(
         seen = high - 1
         if OPTIONS.right:
             b_acc, b_sum, b_peak, b_p, count = _visit(
-                b_acc, b_sum, b_peak, b_p, count, seen, inside_high, b_q, keys, values, turns, o_row, by, extent,
-                ME, OPTIONS, True, S_LAYOUT,
+                b_acc, b_sum, b_peak, b_p, count, seen, inside_high, b_q, keys, values, masks, turns, o_row, by,
+                extent, ME, OPTIONS, True, S_LAYOUT,
             )  # fmt: skip
             seen = inside_high
         b_acc, b_sum, b_peak, b_p, count = _visit(
-            b_acc, b_sum, b_peak, b_p, count, seen, inside_low, b_q, keys, values, turns, o_row, by, extent,
-            ME, OPTIONS, False, S_LAYOUT,
+            b_acc, b_sum, b_peak, b_p, count, seen, inside_low, b_q, keys, values, masks, turns, o_row, by,
+                extent, ME, OPTIONS, False, S_LAYOUT,
         )  # fmt: skip
         if OPTIONS.left:
             b_acc, b_sum, b_peak, b_p, count = _visit(
-                b_acc, b_sum, b_peak, b_p, count, inside_low, low, b_q, keys, values, turns, o_row, by, extent,
-                ME, OPTIONS, True, S_LAYOUT,
+                b_acc, b_sum, b_peak, b_p, count, inside_low, low, b_q, keys, values, masks, turns, o_row, by,
+                extent, ME, OPTIONS, True, S_LAYOUT,
             )  # fmt: skip
         release(queries, q_count, SLOTS)
         q_count += CONSUMERS
@@ -290,6 +307,7 @@ def hopper_forward(
     query,
     key,
     value,
+    mask_tiles,
     out,
     lse,
     stride_ob,
@@ -316,7 +334,7 @@ def hopper_forward(
     DV: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):
-    """Grid: any number of programs; they share the tiles out. query, key and value are descriptors."""
+    """Grid: any number of programs; they share the tiles out. query, key, value and mask_tiles are descriptors."""
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     THIRD: gl.constexpr = 2
@@ -329,12 +347,13 @@ def hopper_forward(
     queries = ring(query, OPTIONS.q_stages * CONSUMERS, 1)
     keys = ring(key, OPTIONS.stages, CONSUMERS)
     values = ring(value, OPTIONS.stages, CONSUMERS)
+    masks = mask_ring(mask_tiles, keys, OPTIONS)
     turns = barriers(CONSUMERS, 1)
     strides = (stride_ob, stride_os, stride_oh)
     if OPTIONS.pingpong:
         mbarrier.arrive(turns.index(0), count=1)
     fence_async_shared()
-    sources, tiles, results = (query, key, value), (queries, keys, values), (out, lse)
+    sources, tiles, results = (query, key, value, mask_tiles), (queries, keys, values, masks), (out, lse)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
@@ -377,11 +396,13 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     out = query.new_empty(batch, q_len, heads, call.value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     tiles = triton.cdiv(q_len, ROWS * chosen.consumers) * batch * heads
+    block_n, queries = config["block_n"], descriptor(query, ROWS)
     with torch.cuda.device_of(query):
         hopper_forward[grid(tiles, chosen.consumers, config["persistent"], query.device)](
-            descriptor(query, ROWS),
-            descriptor(key, config["block_n"]),
-            descriptor(value, config["block_n"], wide=chosen.wide),
+            queries,
+            descriptor(key, block_n),
+            descriptor(value, block_n, wide=chosen.wide),
+            mask_descriptor(call, ROWS, block_n, chosen, queries),
             out,
             lse,
             *out.stride()[:3],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tilewise.domain.config import Candidate
+from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.space import SearchSpace
 from tilewise.kernels import device as devices
@@ -97,6 +97,8 @@ FEATURES: list[dict[str, Any]] = [
     {"mask": "bool.k1", "head_dim": 128},
     {"mask": "bias", "head_dim": 128},
     {"mask": "bias.b1", "bias_grad": True, "causal": True, "head_dim": 128},
+    {"mask": "bias", "bias_grad": True, "q_len": 1000, "kv_len": 777},
+    {"mask": "bias.h1", "bias_grad": True, "q_len": 1000, "softcap": True, "dropout": True},
     {"mask": "bias.h1q1", "q_len": 333, "kv_len": 1111, "head_dim": 96},
     {"mask": "bias", "window": (200, 50), "alibi": True},
     {"alibi": True, "causal": True, "head_dim": 128},
@@ -112,7 +114,7 @@ FEATURES: list[dict[str, Any]] = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", FEATURES, ids=str)
 def test_features_at_real_sizes(fields: dict[str, Any]) -> None:
-    """Result and gradients of the default of each kernel, with GQA."""
+    """Result and gradients of the default of each kernel, with GQA; and with the mask read the other ways."""
     device = devices.select("cuda")
     sizes = {"batch": 2, "heads": 6, "kv_heads": 2, "q_len": 1024, "head_dim": 64}
     problem = Problem(**{"pass_": Pass.TRAINING, **sizes, **fields})
@@ -123,8 +125,22 @@ def test_features_at_real_sizes(fields: dict[str, Any]) -> None:
         role: next(each.default for each in whole.by_kernel if each.kernel in hopper_spaces.KERNELS)
         for role, whole in Triton().spaces(problem, described).items()
     }
-    error = Checker(problem, device, seed=0).check(Candidate.of("triton", **configs))
-    assert error.worst <= 1, f"{configs}: {error}"
+    checker = Checker(problem, device, seed=0)
+    ways: list[dict[str, Any]] = [{}]
+    if "mask_stages" in configs["dq"].as_dict():
+        ways += [{"mask_stages": 0}, {"mask_stages": 2, "block_n": 32, "block_m": 32}]
+    if "dbias" in configs["dq"].as_dict():
+        ways += [{"dbias": False}]
+    for way in ways:
+        changed = {role: replaced(config, way) for role, config in configs.items()}
+        error = checker.check(Candidate.of("triton", **changed))
+        assert error.worst <= 1, f"{changed}: {error}"
+
+
+def replaced(config: Config, changes: dict[str, Any]) -> Config:
+    """Return the config with those changes that are about its parameters."""
+    values = config.as_dict()
+    return Config.of(config.kernel, **{**values, **{name: value for name, value in changes.items() if name in values}})
 
 
 @pytest.mark.gpu
