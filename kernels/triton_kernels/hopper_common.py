@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.domain.config import Config
@@ -184,6 +184,7 @@ def take_mask(masks, count, ME: gl.constexpr, OPTIONS: gl.constexpr, TRANSPOSED:
     if TRANSPOSED:
         tile = tile.permute((1, 0))
     b_mask = tile.load(LAYOUT)
+    fence_async_shared()  # TMA writes the slot next, and is ordered with ordinary reads by a fence only
     release(masks, use, SLOTS)
     return b_mask
 

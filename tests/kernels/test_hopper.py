@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Dtype, Pass, Problem
@@ -11,7 +12,9 @@ from tilewise.domain.space import SearchSpace
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import hopper_spaces
 from tilewise.kernels.backends.triton import ROLES, Triton
+from tilewise.kernels.inputs import random_call
 from tilewise.tuner.correctness import Checker
+from tilewise.tuner.steps import results
 
 from .test_backends import H200
 
@@ -135,6 +138,32 @@ def test_features_at_real_sizes(fields: dict[str, Any]) -> None:
         changed = {role: replaced(config, way) for role, config in configs.items()}
         error = checker.check(Candidate.of("triton", **changed))
         assert error.worst <= 1, f"{changed}: {error}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "fields", [{"mask": "bool.h1"}, {"mask": "bias.b1", "bias_grad": True}, {"mask": "bias", "causal": True}], ids=str
+)
+def test_masks_give_the_same_bits_every_time(fields: dict[str, Any]) -> None:
+    """Readers of the mask's ring that are not waited for see the next tile, a few times in thousands of tiles."""
+    device = devices.select("cuda")
+    problem = Problem(**{"pass_": Pass.TRAINING, "batch": 2, "heads": 16, "q_len": 4096, "head_dim": 128, **fields})
+    described = devices.describe(device)
+    if described.capability != 90:
+        pytest.skip(f"needs sm_90, this is {described.arch}")
+    configs = {
+        role: next(each.default for each in whole.by_kernel if each.kernel in hopper_spaces.KERNELS)
+        for role, whole in Triton().spaces(problem, described).items()
+    }
+    call = random_call(problem, device, seed=0)
+    grad_out = torch.randn_like(call.query)
+    for way in ({}, {"num_warps": 8, "num_stages": 2, "block_m": 64, "block_n": 64, "mask_stages": 2}):
+        candidate = Candidate.of("triton", **{role: replaced(config, way) for role, config in configs.items()})
+        first = results(call, candidate, grad_out)
+        for _ in range(10):
+            again = results(call, candidate, grad_out)
+            different = [name for name in first if not torch.equal(first[name], again[name])]
+            assert not different, f"{candidate}: {different}"
 
 
 def replaced(config: Config, changes: dict[str, Any]) -> Config:
