@@ -146,7 +146,8 @@ def _stands(row: Row | None, this: Run) -> bool:
     """Whether a row of the report was measured with the kernels and libraries that it would be measured with now."""
     if row is None:
         return False
-    then, today = (each.software.for_backends(row.ours, *row.others) for each in (row.run, this))
+    candidates = [entry.candidate for entry in row.entries]
+    then, today = (each.software.for_candidates(*candidates) for each in (row.run, this))
     return then == today
 
 

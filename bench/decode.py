@@ -280,7 +280,7 @@ def run(output: Path, chosen: Sequence[Cell]) -> Report:
     clock = clock_for(device)
     report = Report(
         device=described,
-        software=devices.software(described.kind).for_backends(KERNEL, "sdpa_cudnn"),
+        software=devices.software(described.kind).for_candidates(Candidate(KERNEL), Candidate("sdpa_cudnn")),
         copy_gbps=copy_gbps(clock, device),
         results=(),
         failed=tuple(failed),

@@ -81,7 +81,7 @@ class TrialRepository:
     def finished(self, problem: Problem, device_key: str, software: Software) -> tuple[Trial, ...]:
         """Return what a resumed search need not try again: the newest trial of each candidate and stage.
 
-        Only trials whose backend would run the same code under `software` count, and none that was skipped or
+        Only trials whose candidate would run the same code under `software` count, and none that was skipped or
         cancelled. The order is that of the trials.
         """
         query = (
@@ -93,7 +93,8 @@ class TrialRepository:
         newest: dict[tuple[str, str], Any] = {}
         for row in self._session.execute(query):
             ran = codec.from_json(Software, row.software)
-            if ran.for_backend(row.backend) == software.for_backend(row.backend):
+            candidate = Candidate.from_json(row.candidate)
+            if ran.for_candidates(candidate) == software.for_candidates(candidate):
                 newest[row.candidate_digest, row.stage] = row
         return tuple(_trial(row) for row in sorted(newest.values(), key=lambda row: row.id))
 

@@ -98,11 +98,8 @@ class Plan:
     backward: Candidate | None = None
 
     @property
-    def backends(self) -> tuple[str, ...]:
-        names = [self.forward.backend]
-        if self.backward is not None and self.backward.backend not in names:
-            names.append(self.backward.backend)
-        return tuple(names)
+    def candidates(self) -> tuple[Candidate, ...]:
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     def __str__(self) -> str:
         return str(self.forward) if self.backward is None else f"{self.forward} + {self.backward}"

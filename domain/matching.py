@@ -59,5 +59,5 @@ def match(problem: Problem, device_key: str, software: Software | None, kept: Ma
 def _differences(found: Answer, software: Software | None) -> tuple[str, ...]:
     if software is None:
         return ()
-    backends = found.plan.backends
-    return found.software.for_backends(*backends).differences(software.for_backends(*backends))
+    candidates = found.plan.candidates
+    return found.software.for_candidates(*candidates).differences(software.for_candidates(*candidates))

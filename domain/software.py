@@ -4,12 +4,17 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Self
 
+from .config import Candidate
+
 _LIBRARIES = ("torch", "triton", "cuda", "driver", "cudnn", "flash_attn", "cute_dsl")
 
 # What decides the code that a backend runs. A change of anything else voids none of its measurements.
 # A name that ends in * is a prefix: a kernel's source hash counts under "kernel:<name>".
 _DEPENDENCIES: dict[str, tuple[str, ...]] = {
-    "triton": ("triton", "driver", "kernel:triton_forward", "kernel:triton_backward", "kernel:triton_hopper"),
+    "triton": (
+        "triton", "driver", "kernel:triton_forward", "kernel:triton_backward", "kernel:hopper_forward",
+        "kernel:hopper_backward",
+    ),
     "triton_decode": ("triton", "driver", "kernel:triton_decode"),
     "cpu_tiled": ("torch", "kernel:cpu_tiled"),
     "sdpa": ("torch", "cuda", "driver", "cudnn", "kernel:sdpa"),
@@ -22,6 +27,15 @@ _DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "flex_cpu": ("torch", "kernel:flex"),
     "flash": ("flash_attn", "torch", "cuda", "driver", "kernel:flash"),
     "flash_cute": ("flash_attn", "cute_dsl", "driver", "kernel:flash_cute"),
+}  # fmt: skip
+# Of a backend with several kernels, what the kernel of a config is made of; dkdv and dq come with delta and dbias.
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "triton_forward": ("triton_forward",),
+    "triton_dkdv": ("triton_backward",),
+    "triton_dq": ("triton_backward",),
+    "hopper_forward": ("hopper_forward",),
+    "hopper_dkdv": ("hopper_backward", "triton_backward"),
+    "hopper_dq": ("hopper_backward", "triton_backward"),
 }
 _TOKEN = re.compile(r"(?P<name>[a-z_:0-9]+)@(?P<version>[A-Za-z0-9._+\-]+)")
 
@@ -47,11 +61,11 @@ class Software:
         wanted = _DEPENDENCIES.get(backend)
         return self if wanted is None else self._keep(wanted)
 
-    def for_backends(self, *backends: str) -> Self:
-        """Return what any of `backends` depends on."""
-        if any(backend not in _DEPENDENCIES for backend in backends):
+    def for_candidates(self, *candidates: Candidate) -> Self:
+        """Return what any of `candidates` depends on: of a backend with several kernels, only those of its configs."""
+        if any(each.backend not in _DEPENDENCIES for each in candidates):
             return self
-        return self._keep(tuple(name for backend in backends for name in _DEPENDENCIES[backend]))
+        return self._keep(tuple(name for each in candidates for name in _wanted(each)))
 
     def _keep(self, wanted: tuple[str, ...]) -> Self:
         versions = {name: getattr(self, name) for name in _LIBRARIES if name in wanted}
@@ -94,6 +108,15 @@ class Software:
             if mine.get(name) != theirs.get(name)
         ]
         return tuple(found)
+
+
+def _wanted(candidate: Candidate) -> tuple[str, ...]:
+    every = _DEPENDENCIES[candidate.backend]
+    used = [_SOURCES.get(config.kernel) for _, config in candidate.configs]
+    if not used or None in used:
+        return every
+    kernels = {f"kernel:{name}" for sources in used if sources for name in sources}
+    return tuple(name for name in every if not name.startswith("kernel:") or name in kernels)
 
 
 def _wants_kernel(wanted: tuple[str, ...], kernel: str) -> bool:

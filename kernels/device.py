@@ -178,10 +178,20 @@ def _installed(package: str) -> str | None:
         return None
 
 
+_SHARED_BY_TILES = (
+    "common",
+    "ranges",
+    "padding",
+    "forward",
+)  # the other kernels of the backend use the last one's tiles
+
+
 @functools.cache
 def _kernel_hashes() -> tuple[tuple[str, str], ...]:
     """Return a hash of the source of every kernel of ours: a changed kernel makes its measurements stale."""
     folder = Path(__file__).parent
+    tiled = [folder / "tiles.py", *(folder / f"triton_kernels/{part}.py" for part in _SHARED_BY_TILES)]
+    hopper = [*tiled, folder / "triton_kernels/hopper_common.py"]
     sources = {
         "cpu_tiled": [folder / "backends/tiled_cpu.py", folder / "packed.py"],
         "flash": [folder / "backends/flash.py"],
@@ -191,28 +201,12 @@ def _kernel_hashes() -> tuple[tuple[str, str], ...]:
         "sdpa": [folder / "backends/sdpa.py", folder / "cache.py", folder / "packed.py"],
         "triton_decode": [
             folder / "tiles.py",
-            folder / "triton_kernels/ranges.py",
-            folder / "triton_kernels/decode.py",
-            folder / "triton_kernels/combine.py",
+            *(folder / f"triton_kernels/{part}.py" for part in ("ranges", "decode", "combine")),
         ],
-        "triton_forward": [
-            folder / "tiles.py",
-            folder / "triton_kernels/common.py",
-            folder / "triton_kernels/ranges.py",
-            folder / "triton_kernels/padding.py",
-            folder / "triton_kernels/forward.py",
-        ],
-        "triton_hopper": [
-            folder / "tiles.py",
-            folder / "triton_kernels/ranges.py",
-            *(folder / f"triton_kernels/hopper_{part}.py" for part in ("common", "forward", "backward")),
-        ],
-        "triton_backward": [
-            folder / "tiles.py",
-            folder / "triton_kernels/ranges.py",
-            folder / "triton_kernels/backward.py",
-            folder / "triton_kernels/bias.py",
-        ],
+        "triton_forward": tiled,
+        "triton_backward": [*tiled, *(folder / f"triton_kernels/{part}.py" for part in ("backward", "bias"))],
+        "hopper_forward": [*hopper, folder / "triton_kernels/hopper_forward.py"],
+        "hopper_backward": [*hopper, folder / "triton_kernels/hopper_backward.py"],
     }
     return tuple(
         (name, hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12])

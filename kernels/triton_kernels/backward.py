@@ -23,6 +23,14 @@ from .forward import describable, descriptor, load_tile, rows_of, span
 from .padding import pad_columns
 from .ranges import key_range, query_range
 
+LSE_ROWS = tl.constexpr(128)  # the longest tile of queries that a backward kernel visits
+
+
+@triton.jit
+def lse_rows(q_len):
+    """Return how many rows of lse2 and delta a head has: whole tiles of queries, whose loads need no mask."""
+    return tl.cdiv(q_len, LSE_ROWS) * LSE_ROWS
+
 
 @triton.jit
 def weights_and_gradient(
@@ -84,9 +92,10 @@ def delta_rows(
 ):
     """delta = sum(out * grad_out); lse2 = lse in units of log2, +inf for rows with nothing to attend.
 
-    Grid (batch * heads * blocks of rows). lse, delta and lse2 are dense (batch, heads, q_len).
+    Grid (batch * heads * blocks of rows). lse is dense (batch, heads, q_len), delta and lse2 are (batch, heads,
+    lse_rows), 0 and +inf behind q_len.
     """
-    blocks = tl.cdiv(q_len, BLOCK)
+    blocks = lse_rows(q_len) // BLOCK
     place = tl.program_id(0) // blocks
     o_row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     o_dv = tl.arange(0, BLOCK_DV)
@@ -99,11 +108,11 @@ def delta_rows(
     p_grad = grad_out + o_entry * stride_gb + o_head * stride_gh + o_long * stride_gs + o_dv[None, :]
     b_out = tl.load(p_out, mask=m_tile, other=0.0).to(tl.float32)
     b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
-    o_first = place.to(tl.int64) * q_len
-    tl.store(delta + o_first + o_row, tl.sum(b_out * b_grad, 1), mask=m_row)
-    b_lse = tl.load(lse + o_first + o_row, mask=m_row, other=0.0)
+    o_first = place.to(tl.int64) * lse_rows(q_len) + o_row
+    tl.store(delta + o_first, tl.sum(b_out * b_grad, 1))
+    b_lse = tl.load(lse + place.to(tl.int64) * q_len + o_row, mask=m_row, other=-float("inf"))
     log2e: tl.constexpr = 1.4426950408889634
-    tl.store(lse2 + o_first + o_row, tl.where(b_lse == -float("inf"), float("inf"), b_lse * log2e), mask=m_row)
+    tl.store(lse2 + o_first, tl.where(b_lse == -float("inf"), float("inf"), b_lse * log2e))
 
 
 @triton.jit
@@ -139,12 +148,18 @@ def _visit_queries(
         first = tl.multiple_of(first, BLOCK_M)
         o_m = first + tl.arange(0, BLOCK_M)
         b_q = load_tile(queries, first, BLOCK_M, BLOCK_D, D, True, TMA, VARLEN and BORDER)
-        b_lse = tl.load(p_lse + o_m, mask=o_m < by.q_len, other=float("inf"))
+        if VARLEN:
+            b_lse = tl.load(p_lse + o_m, mask=o_m < by.q_len, other=float("inf"))
+        else:
+            b_lse = tl.load(p_lse + o_m)
         b_mask = mask_tile(o_m[None, :], o_key, by, MASK)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_do = load_tile(grads_out, first, BLOCK_M, BLOCK_DV, DV, True, TMA, VARLEN and BORDER)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_delta = tl.load(p_delta + o_m, mask=o_m < by.q_len, other=0.0)
+        if VARLEN:
+            b_delta = tl.load(p_delta + o_m, mask=o_m < by.q_len, other=0.0)
+        else:
+            b_delta = tl.load(p_delta + o_m)
         b_p, _, b_draw = weights_and_gradient(
             b_s,
             b_dp,
@@ -257,7 +272,7 @@ def dkdv_kernel(
         o_place = o_entry * heads + o_head
         p_mask = mask + o_entry * stride_mb + o_head * stride_mh if MASK != 0 else mask
         slope = tl.load(slopes + o_entry * stride_ab + o_head * stride_ah) if ALIBI else 0.0
-        o_lse = o_head * q_total + q_first if VARLEN else o_place * q_len
+        o_lse = o_head * lse_rows(q_total) + q_first if VARLEN else o_place * lse_rows(q_len)
         p_lse = lse2 + o_lse
         p_delta = delta + o_lse
         by = Scoring(
@@ -425,7 +440,7 @@ def dq_kernel(
     values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
     b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False)
     b_do = load_tile(grads_out, block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, TMA, False)
-    o_lse = o_head * q_total + q_first if VARLEN else o_place * q_len
+    o_lse = o_head * lse_rows(q_total) + q_first if VARLEN else o_place * lse_rows(q_len)
     b_lse = tl.load(lse2 + o_lse + o_m, mask=m_m, other=float("inf"))
     b_delta = tl.load(delta + o_lse + o_m, mask=m_m, other=0.0)
 
@@ -458,7 +473,8 @@ def dq_kernel(
 class Prepared:
     """What the backward kernels share: the result's gradient (B, Q, H, Dv), and LSE (in log2) and delta, float32.
 
-    The last two are (B, H, Q), or (H, total_q) of a packed call, whose gradient is then a batch of one.
+    The last two are (B, H, Q), or (1, H, total_q) of a packed call, whose gradient is then a batch of one, with rows
+    up to a multiple of LSE_ROWS.
     """
 
     call: Call
@@ -471,10 +487,10 @@ def prepare(call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Te
     """Compute delta once for all kernels; `lse` is the forward's."""
     out, grad_out = (unit_stride(batched(tensor)) for tensor in (out, grad_out))
     batch, q_len, heads, v_head_dim = out.shape
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    block = 64
+    rows, block = triton.cdiv(q_len, LSE_ROWS.value) * LSE_ROWS.value, 64
+    delta, lse2 = (lse.new_empty(batch, heads, rows) for _ in range(2))
     with torch.cuda.device_of(out):
-        delta_rows[(triton.cdiv(q_len, block) * batch * heads,)](
+        delta_rows[(rows // block * batch * heads,)](
             out,
             grad_out,
             lse,

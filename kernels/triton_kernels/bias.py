@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..call import Call
-from .backward import Prepared, weights_and_gradient
+from .backward import Prepared, lse_rows, weights_and_gradient
 from .common import ALIGNED_BIAS, BIAS, Scoring, features, mask_tile, strides, unit_stride
 from .forward import load_tile, rows_of
 
@@ -119,8 +119,8 @@ def dbias_kernel(
                     b_do = load_tile(grads_out, q_block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, False, False)
                     b_v = load_tile(values, k_block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, False, False)
                     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-                    b_lse = tl.load(lse2 + o_place * q_len + o_m, mask=o_m < q_len, other=float("inf"))
-                    b_delta = tl.load(delta + o_place * q_len + o_m, mask=o_m < q_len, other=0.0)
+                    b_lse = tl.load(lse2 + o_place * lse_rows(q_len) + o_m, mask=o_m < q_len, other=float("inf"))
+                    b_delta = tl.load(delta + o_place * lse_rows(q_len) + o_m, mask=o_m < q_len, other=0.0)
                     _, b_ds, _ = weights_and_gradient(
                         b_s, b_dp, b_lse[:, None], b_delta[:, None], b_mask, o_m[:, None], o_n[None, :], by, True,
                         MASK, ALIBI, SOFTCAP, DROPOUT,

@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.domain.config import Config
 
-from .backward import Prepared, weights_and_gradient
+from .backward import Prepared, lse_rows, weights_and_gradient
 from .common import mask_tile
 from .forward import describable
 from .hopper_common import (
@@ -472,7 +472,7 @@ def _consume_keys(
         first_row = (block * CONSUMERS + ME) * ROWS
         o_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
         m_row = o_row < extent.q_len
-        o_flat = place.to(gl.int64) * extent.q_len + o_row
+        o_flat = place.to(gl.int64) * lse_rows(extent.q_len) + o_row
         b_lse = gl.load(lse2 + o_flat, mask=m_row, other=float("inf"))
         b_delta = gl.load(delta + o_flat, mask=m_row, other=0.0)
         by = scoring(modifiers, place // work.heads, place % work.heads, work.heads, extent, OPTIONS)
@@ -531,7 +531,7 @@ def hopper_dq(
     D: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):
-    """Grid: any number of programs. grad_query (B, Q, H, D) is dense, lse2 and delta are (B, H, Q).
+    """Grid: any number of programs. grad_query (B, Q, H, D) is dense, lse2 and delta are (B, H, lse_rows).
 
     grad_scores (B, H, Q, K) is written where OPTIONS.dbias: tiles out of the window's reach are not.
     """
@@ -584,11 +584,9 @@ def hopper_dq(
         )
 
 
-def _rows(tensor: torch.Tensor, count: int, fill_value: float) -> TensorDescriptor:
-    """Return a TMA descriptor of (B, H, Q) float32 in tiles of `count`, filled up to whole tiles."""
-    missing = -tensor.shape[-1] % count
-    padded = torch.nn.functional.pad(tensor, (0, missing), value=fill_value) if missing else tensor
-    flat = padded.flatten(0, 1)
+def _rows(tensor: torch.Tensor, count: int) -> TensorDescriptor:
+    """Return a TMA descriptor of (B, H, rows) float32 in tiles of `count`."""
+    flat = tensor.flatten(0, 1)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, count], layout)
 
@@ -611,8 +609,8 @@ def launch_dkdv(prepared: Prepared, config: Config) -> tuple[torch.Tensor, torch
             keys,
             descriptor(value, ROWS),
             descriptor(grad_out, block_m),
-            _rows(prepared.lse2, block_m, float("inf")),
-            _rows(prepared.delta, block_m, 0.0),
+            _rows(prepared.lse2, block_m),
+            _rows(prepared.delta, block_m),
             mask_descriptor(call, block_m, ROWS, chosen, keys),
             grad_key,
             grad_value,

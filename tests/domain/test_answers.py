@@ -165,6 +165,25 @@ def test_software_keys_round_trip() -> None:
     assert Software.parse(software.key) == software
     assert software.for_backend("triton").kernels == (("triton_forward", "abc"),)
     assert software.for_backend("unknown") == software
+
+
+def test_an_answer_depends_on_the_kernels_of_its_configs_alone() -> None:
+    names = ("triton_forward", "triton_backward", "hopper_forward", "hopper_backward", "sdpa")
+    software = Software(torch="2.13.0", triton="3.7", kernels=tuple((name, "1") for name in names))
+
+    def kernels(*candidates: Candidate) -> set[str]:
+        return set(dict(software.for_candidates(*candidates).kernels))
+
+    tiled = Candidate.of("triton", forward=Config.of("triton_forward"))
+    assert kernels(tiled) == {"triton_forward"}
+    assert kernels(Candidate.of("triton", forward=Config.of("hopper_forward"))) == {"hopper_forward"}
+    assert kernels(tiled.with_config("dq", Config.of("hopper_dq"))) == {
+        "triton_forward", "hopper_backward", "triton_backward",
+    }  # fmt: skip
+    assert kernels(tiled, Candidate("sdpa")) == {"triton_forward", "sdpa"}
+    assert kernels(Candidate("triton")) == set(names) - {"sdpa"}
+    assert software.for_candidates(tiled).torch is None
+    assert software.for_candidates(tiled, Candidate("unknown")) == software
     with pytest.raises(ValueError, match="name@version"):
         Software.parse("torch=2")
 
