@@ -52,14 +52,21 @@ def cases(device: torch.device) -> Iterator[Case]:
             kernels = f"{'mask' if mask == 'bool' else 'dbias'}: {mask} by {path}"
             # with a mask, dkdv has only the pointer path: backends.triton.tiles_of
             yield Case(kernels=kernels, problem=problem, candidate=_ours(tma, dkdv_tma=False))
-    for head_dim in (40, 128):
-        problem = replace(small, q_len=137, kv_len=211, head_dim=head_dim, v_head_dim=head_dim)
+    wide = replace(small, q_len=137, kv_len=211, head_dim=128, v_head_dim=128)
+    masked = replace(wide, causal=False, kv_len=208, window=(90, 40))  # whose masks come through a ring
+    for problem, changes in (
+        (wide, {}),
+        (replace(wide, head_dim=40, v_head_dim=40), {}),
+        (replace(wide, head_dim=40, v_head_dim=40), {"padded": True}),
+        (replace(masked, mask="bool.h1"), {"mask_stages": 2}),
+        (replace(masked, mask="bias.b1", bias_grad=True), {"mask_stages": 1, "dbias": True}),
+        (replace(masked, mask="bias.b1", bias_grad=True), {"mask_stages": 0, "dbias": False}),
+    ):
         hopper = {role: hopper_spaces.space(role, problem, described) for role in ROLES}
-        configs = {role: space.default for role, space in hopper.items() if space is not None}
+        configs = {role: _changed(space.default, changes) for role, space in hopper.items() if space is not None}
         if configs:
-            yield Case(
-                kernels=", ".join(hopper_spaces.KERNELS), problem=problem, candidate=Candidate.of("triton", **configs)
-            )
+            kernels = ", ".join([*hopper_spaces.KERNELS, *(f"{name}={value}" for name, value in changes.items())])
+            yield Case(kernels=kernels, problem=problem, candidate=Candidate.of("triton", **configs))
     decoding = Problem(batch=3, heads=4, kv_heads=2, q_len=3, kv_len=173, head_dim=40, varlen=True)
     for page_size, splits in itertools.product((0, 16, 64), (1, 3)):
         config = Config.of("triton_decode", block_n=32, num_splits=splits, num_warps=2, num_stages=3)
@@ -69,6 +76,12 @@ def cases(device: torch.device) -> Iterator[Case]:
             problem=replace(decoding, page_size=page_size),
             candidate=Candidate.of("triton_decode", forward=config),
         )
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    """Return `config` with those of `changes` that are among its parameters."""
+    values = config.as_dict()
+    return Config.of(config.kernel, **{name: changes.get(name, value) for name, value in values.items()})
 
 
 def _ours(tma: bool, *, dkdv_tma: bool) -> Candidate:

@@ -134,7 +134,7 @@ def test_winners_are_our_fastest_of_each_final(tmp_path: Path) -> None:
 
 def test_committed_winners_are_compiled_for_problems_of_their_kind() -> None:
     assert len(winners(matrix.RESULTS)) >= 3
-    problem = Problem.parse("inference.fp16.b1.h8.kv8.q99.k99.d56.causal")
+    problem = Problem.parse("inference.fp16.b1.h8.kv8.q99.k99.d64.causal")
     assert "winner" in {job.why for job in jobs([problem], ["sm_90"], limit=0)}
 
 
