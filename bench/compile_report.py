@@ -32,6 +32,7 @@ class Line:
     - exact, under: compiled configs, refused ones too, of which the space predicts the very bytes, and too few.
     - shared_memory, registers: least and most of the compiled configs of the space, bytes and per thread.
     - spilling, stack: how many of them have SPILLING bytes of stack per thread or more, and the most.
+    - overwritten: how many of them are wrong by kernels.sass: their results are, and no search takes them.
     """
 
     role: str
@@ -53,6 +54,7 @@ class Line:
     registers: tuple[int, int]
     spilling: int
     stack: int
+    overwritten: int
     seconds: float
 
 
@@ -125,6 +127,7 @@ def _line(role: str, arch: str, what: str, rows: Sequence[Row]) -> Line:
         registers=_extremes(row.registers for row in good),
         spilling=sum(row.stack >= SPILLING for row in good),
         stack=max((row.stack for row in good), default=0),
+        overwritten=sum(row.overwritten > 0 for row in good),
         seconds=round(sum(row.seconds for row in rows), 1),
     )
 
@@ -150,6 +153,7 @@ COLUMNS = (
     "registers",
     "spilling",
     "stack B",
+    "overwritten",
 )
 
 
@@ -172,6 +176,7 @@ def cells(line: Line) -> list[str]:
         "{} to {}".format(*line.registers),
         str(line.spilling),
         str(line.stack),
+        str(line.overwritten),
     ]
 
 
@@ -188,6 +193,7 @@ def markdown(report: Report) -> str:
             refused_wrongly=line.refused_wrongly,
             exact=line.exact,
             under=line.under,
+            overwritten=line.overwritten,
         )
     failures = Counter[str]()
     for line in report.lines:
@@ -205,7 +211,8 @@ def markdown(report: Report) -> str:
             f"them): {total['compiled']} compiled, {total['tried'] - total['compiled']} failed, "
             f"{total['too_large']} need more shared memory than the device has. Of {total['refused_tried']} tried that "
             f"the spaces refuse for their shared memory alone, {total['refused_wrongly']} would fit. The prediction is "
-            f"the very number for {total['exact']} and too low for {total['under']}.",
+            f"the very number for {total['exact']} and too low for {total['under']}. In "
+            f"{total['overwritten']} ptxas overwrites operands (docs/notes/triton.md): a search rejects their results.",
             "",
             f"grid: combinations of parameters over all problems of a kind; space: those that keep the constraints; "
             f"spilling: {SPILLING} bytes of stack per thread or more. A line is one kernel (code for one kind of "

@@ -58,13 +58,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What came of a job; sizes as in kernels.offline.Compiled, 0 where it failed."""
+    """What came of a job; sizes as in kernels.offline.Compiled, 0 where it failed.
+
+    `overwritten`: registers that ptxas overwrites (kernels.sass).
+    """
 
     job: Job
     outcome: Outcome
     shared_memory: int = 0
     registers: int = 0
     stack: int = 0
+    overwritten: int = 0
     seconds: float = 0.0
     message: str = ""
 
@@ -176,12 +180,17 @@ def jobs(
 
 
 def winning(archs: Sequence[str]) -> list[Job]:
-    """Return the winners kept under bench/results, for each architecture whose space has them."""
+    """Return the winners kept under bench/results, for each architecture whose space has them.
+
+    A parameter that is newer than a winner has the space's default.
+    """
     found = []
     for (problem, role, config), arch in itertools.product(winners(RESULTS), archs):
         space = spaces(problem, DEVICES[arch]).get(role)
-        if space is not None and config in space:
-            found.append(Job(problem=problem, role=role, arch=arch, config=config, why="winner"))
+        if space is not None:
+            whole = Config.of(config.kernel, **{**space.default.as_dict(), **config.as_dict()})
+            if whole in space:
+                found.append(Job(problem=problem, role=role, arch=arch, config=whole, why="winner"))
     return found
 
 
@@ -291,12 +300,13 @@ def predicted(problem: Problem, role: str, device: Device, config: Config) -> in
         return triton_decode.shared_memory(problem, device.capability, values)
     if role in hopper_spaces.KERNELS:
         return hopper_spaces.predicted(role, problem, device, values)
-    return shared_memory(role, tiles_of(role, problem, device), values)
+    return shared_memory(role, tiles_of(problem, device), values)
 
 
 def compile_one(job: Job) -> Row:
     """Compile one job in this process. Raises what the compiler raises."""
     from tilewise.kernels import offline
+    from tilewise.kernels.sass import overwritten
 
     found = offline.compiled(job.role, job.problem, job.config, DEVICES[job.arch].capability)
     return Row(
@@ -305,6 +315,7 @@ def compile_one(job: Job) -> Row:
         shared_memory=found.shared_memory,
         registers=found.registers,
         stack=found.stack,
+        overwritten=len(overwritten(found.cubin)),
     )
 
 

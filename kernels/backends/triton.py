@@ -15,7 +15,7 @@ from ..backend import Backend, Gradients, unsupported_varlen
 from ..call import Call
 from ..tiles import padded
 from . import hopper_spaces
-from .triton_memory import Tiles, shared_memory
+from .triton_memory import Tiles, by_warpgroup, shared_memory
 
 MAX_REGISTERS = 256  # a thread has 255; one more would spill even if nothing else were held
 _ELEMENT_BYTES = {Dtype.FP16: 2, Dtype.BF16: 2, Dtype.FP32: 4}
@@ -102,7 +102,7 @@ def _with_hopper(role: str, problem: Problem, device: Device) -> SearchSpace:
     start and end nothing hides: with narrow heads, whose tiles are soon done, the other is the better guess. So it is
     where dropout needs registers that the warp-specialised kernels have not.
     """
-    space = _space(role, tiles_of(role, problem, device))
+    space = _space(role, tiles_of(problem, device))
     hopper = hopper_spaces.space(role, problem, device) if describable(problem) else None
     if hopper is None:
         return space
@@ -116,18 +116,14 @@ def _nothing_packed(call: Call) -> bool:
     return call.cu_seqlens is not None and 0 in (call.query.shape[0], call.key.shape[0])
 
 
-def tiles_of(role: str, problem: Problem, device: Device) -> Tiles:
-    """Return what limits the tiles of one role.
-
-    Triton 3.6 computes wrong dK and dV where TMA tiles of query and mask tiles loaded by pointers meet in one pipelined
-    loop (seen on an H200 in half precision, docs/notes/triton.md): with a mask, dkdv has only the pointer path.
-    """
+def tiles_of(problem: Problem, device: Device) -> Tiles:
+    """Return what limits the tiles of a problem."""
     size = _ELEMENT_BYTES[problem.dtype]
     return Tiles(
         padded(problem.head_dim),
         padded(problem.v_head_dim),
         size,
-        describable(problem) and not (role == "dkdv" and problem.mask != "none"),
+        describable(problem),
         device.capability,
         device.shared_memory,
         tensor_cores=size == 2 or problem.precision is Precision.TF32,
@@ -168,6 +164,11 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
     def enough_rows(values: Mapping[str, Value]) -> bool:
         return int(values["block_n" if role == "dkdv" else "block_m"]) >= least_rows * int(values["num_warps"])
 
+    def may_stay(values: Mapping[str, Value]) -> bool:
+        height = int(values["block_n" if role == "dkdv" else "block_m"])
+        chosen = tiles.tensor_cores and by_warpgroup(tiles.capability, int(values["num_warps"]), height)
+        return not values.get("in_registers") or (chosen and bool(values["tma"]))
+
     # the gradients' accumulators are wide: there the warps may share the rows of one dot
     largest, least_rows = (256, 16) if role == "forward" else (128, 8)
     blocks = tuple(size for size in (16, 32, 64, 128, 256) if size <= largest)
@@ -179,6 +180,7 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Parameter("num_warps", (1, 2, 4, 8)),
             Parameter("num_stages", (1, 2, 3, 4, 5) if role == "forward" else (1, 2, 3, 4)),
             Parameter("tma", (False, True) if tiles.tma else (False,), ordered=False),
+            *([Parameter("in_registers", (False, True), ordered=False)] if tiles.tma else []),
             *([Parameter("padded", (False, True), ordered=False)] if tiles.narrow and tiles.tma else []),
         ),
         constraints=(
@@ -186,6 +188,7 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Constraint("accumulators and scores exceed the registers of its threads", fits_registers),
             Constraint(f"a warp would have fewer than {least_rows} rows", enough_rows),
             Constraint("only tiles through TMA are padded before", lambda v: not v.get("padded") or bool(v["tma"])),
+            Constraint("only a warpgroup has the choice to keep tiles in registers", may_stay),
         ),
         default=_default(role, tiles),
     )
@@ -218,6 +221,8 @@ def _default(role: str, tiles: Tiles) -> Config:
     width = min(width for width in by_width if width >= row_bytes)
     block_m, block_n, num_warps, num_stages = by_width[width][role]
     sizes: dict[str, Value] = {"block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    if tiles.tma:  # dkdv keeps keys and values, which ptxas overwrites in registers here and there
+        sizes["in_registers"] = tma and role != "dkdv" and by_warpgroup(tiles.capability, num_warps, block_m)
     if tiles.narrow and tiles.tma:
         sizes["padded"] = False
     return Config.of(f"triton_{role}", tma=tma, **sizes)

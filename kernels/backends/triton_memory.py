@@ -95,8 +95,9 @@ def _while_visiting(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int
         "dkdv": each + max(passing, exchanged),
         "dq": max(each, visited * d * size + passing) + exchanged,
     }[role]
+    stays = tma and not values.get("in_registers") and (warpgroup or role == "dkdv")  # what is kept, in shared memory
     if stages == 1:
-        return max(kept, once) + BARRIER if tma else kept + once
+        return kept + once + ALIGNMENT if stays else max(kept, once) + BARRIER if tma else kept + once
     buffers = stages if warpgroup else stages - 1
     # a TF32 product reads a tile in one direction only: what two products read across is not pipelined
     piped = buffers * each
@@ -109,6 +110,8 @@ def _while_visiting(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int
     if tiles.mask_bytes in (1, 4):  # bool not always; half precision never
         piped += buffers * rows * columns * tiles.mask_bytes
     piped += exchanged
+    if stays:
+        return kept + piped + ALIGNMENT
     if tma:
         first = kept if size == 4 else height * (d if role == "forward" else wide) * size
         return max(first, piped) + (2 * buffers + 1) * BARRIER

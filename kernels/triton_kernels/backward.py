@@ -237,6 +237,7 @@ def dkdv_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,  # whether the tiles that a program keeps are to stay there
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -255,8 +256,8 @@ def dkdv_kernel(
     o_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     keys = rows_of(key, batch, kv_first, kv_head, stride_kb, stride_ks, stride_kh, kv_len, TMA)
     values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
-    b_k = load_tile(keys, block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, TMA, False)
-    b_v = load_tile(values, block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, TMA, False)
+    b_k = load_tile(keys, block * BLOCK_N, BLOCK_N, BLOCK_D, D, True, TMA, False, IN_REGISTERS)
+    b_v = load_tile(values, block * BLOCK_N, BLOCK_N, BLOCK_DV, DV, True, TMA, False, IN_REGISTERS)
 
     # rows beyond q_len weigh nothing (their LSE is +inf), and gradients of keys beyond kv_len are not stored
     first_row = block * BLOCK_N - (kv_len - q_len)
@@ -406,6 +407,7 @@ def dq_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,  # whether the tiles that a program keeps are to stay there
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -438,8 +440,8 @@ def dq_kernel(
     grads_out = rows_of(grad_out, batch, q_first, head, stride_gb, stride_gs, stride_gh, q_len, TMA)
     keys = rows_of(key, batch, kv_first, kv_head, stride_kb, stride_ks, stride_kh, kv_len, TMA)
     values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
-    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False)
-    b_do = load_tile(grads_out, block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, TMA, False)
+    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False, IN_REGISTERS)
+    b_do = load_tile(grads_out, block * BLOCK_M, BLOCK_M, BLOCK_DV, DV, True, TMA, False, IN_REGISTERS)
     o_lse = o_head * lse_rows(q_total) + q_first if VARLEN else o_place * lse_rows(q_len)
     b_lse = tl.load(lse2 + o_lse + o_m, mask=m_m, other=float("inf"))
     b_delta = tl.load(delta + o_lse + o_m, mask=m_m, other=0.0)
@@ -532,20 +534,26 @@ def _launch(
     outputs: tuple[torch.Tensor, ...],
     config: Config,
 ) -> None:
-    call, tma = prepared.call, bool(config["tma"])
+    call, tma, chosen = prepared.call, bool(config["tma"]), config.as_dict()
     ready = describable if tma else unit_stride
     query, key, value, grad_out = (
         ready(batched(tensor)) for tensor in (call.query, call.key, call.value, prepared.grad_out)
     )
-    if config.as_dict().get("padded") and kernel is dkdv_kernel:
+    keeps_keys = kernel is dkdv_kernel
+    if chosen.get("padded") and keeps_keys:
         query, grad_out = pad_columns(query), pad_columns(grad_out)
-    elif config.as_dict().get("padded"):
+    elif chosen.get("padded"):
         key, value = pad_columns(key), pad_columns(value)
     tensors: tuple[object, ...] = (query, key, value, grad_out)
+    in_registers = bool(chosen.get("in_registers"))
     if tma:
-        rows = (config["block_m"], config["block_n"], config["block_n"], config["block_m"])
-        tensors = tuple(
-            descriptor(tensor, count) for tensor, count in zip((query, key, value, grad_out), rows, strict=True)
+        block_m, block_n = config["block_m"], config["block_n"]
+        of_queries, of_keys = in_registers and not keeps_keys, in_registers and keeps_keys
+        tensors = (
+            descriptor(query, block_m, in_registers=of_queries),
+            descriptor(key, block_n, in_registers=of_keys),
+            descriptor(value, block_n, in_registers=of_keys),
+            descriptor(grad_out, block_m, in_registers=of_queries),
         )
     given = features(call)
     with torch.cuda.device_of(query):
@@ -561,6 +569,7 @@ def _launch(
             BLOCK_M=config["block_m"],
             BLOCK_N=config["block_n"],
             TMA=tma,
+            IN_REGISTERS=in_registers,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )

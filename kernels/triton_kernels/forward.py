@@ -26,7 +26,7 @@ from .ranges import key_range
 class Rows(NamedTuple):
     """Rows (seq, columns) of one head of one batch entry, by pointers or through TMA."""
 
-    tensor: Any  # a pointer at (row 0, column 0), or a descriptor of (batch, seq, heads, columns)
+    tensor: Any  # a pointer at (row 0, column 0), or a descriptor
     entry: Any  # of the descriptor
     origin: Any  # row 0 in the descriptor's seq
     head: Any
@@ -77,14 +77,18 @@ def load_tile(
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
     CLEAR: tl.constexpr,
+    IN_REGISTERS: tl.constexpr = False,
 ):
     """Return rows first..first + BLOCK (BLOCK, BLOCK_COLUMNS), 0 beyond COLUMNS and, where RAGGED, beyond length.
 
     Through TMA rows beyond length are 0 where the tensor ends. Where another sequence follows they may be anything:
-    CLEAR sets them to 0, for a product that sums over the rows.
+    CLEAR sets them to 0, for a product that sums over the rows. IN_REGISTERS is the descriptor's.
     """
     if TMA:
-        b_tile = rows.tensor.load([rows.entry, rows.origin + first, rows.head, rows.column])
+        if IN_REGISTERS:
+            b_tile = rows.tensor.load([rows.entry, rows.origin + first, rows.head, rows.column])
+        else:
+            b_tile = rows.tensor.load([rows.entry, rows.head, rows.origin + first, rows.column])
         b_tile = b_tile.reshape(BLOCK, BLOCK_COLUMNS)
         if CLEAR:
             b_tile = tl.where((first + tl.arange(0, BLOCK) < rows.length)[:, None], b_tile, 0.0)
@@ -222,6 +226,7 @@ def attention_forward(
     FOLD: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,  # whether value is a wide_descriptor
+    IN_REGISTERS: tl.constexpr,  # whether query is to stay there
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -259,7 +264,7 @@ def attention_forward(
         values = wide_rows_of(value, batch, kv_first, kv_head, kv_len, DV)
     else:
         values = rows_of(value, batch, kv_first, kv_head, stride_vb, stride_vs, stride_vh, kv_len, TMA)
-    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False)
+    b_q = load_tile(queries, block * BLOCK_M, BLOCK_M, BLOCK_D, D, True, TMA, False, IN_REGISTERS)
 
     first_diagonal = block * BLOCK_M + kv_len - q_len
     start, inside_start, inside_stop, stop = key_range(
@@ -296,9 +301,15 @@ def attention_forward(
     tl.store(lse + o_lse + o_m, b_lse, mask=m_m)
 
 
-def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Return a TMA descriptor of a BSHD tensor whose tiles are `rows` of one head, padded to a power of two."""
-    block = [1, rows, 1, padded(tensor.shape[-1])]
+def descriptor(tensor: torch.Tensor, rows: int, *, in_registers: bool = False) -> TensorDescriptor:
+    """Return a TMA descriptor of a BSHD tensor whose tiles are `rows` of one head, padded to a power of two.
+
+    Where a tile's dimensions of 1 come first, they vanish in the load, and a product takes its left side from shared
+    memory; in the order of the tensor it takes it from registers.
+    """
+    columns = padded(tensor.shape[-1])
+    tensor = tensor if in_registers else tensor.transpose(1, 2)
+    block = [1, rows, 1, columns] if in_registers else [1, 1, rows, columns]
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
@@ -315,8 +326,9 @@ def wide_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     (docs/notes/triton.md). It serves values, whose columns do not meet in the product.
     """
     batch, length, heads, columns = tensor.shape
-    shape, steps = [batch, length, 1, heads * columns], [*tensor.stride()[:2], tensor.stride(1), 1]
-    return TensorDescriptor(tensor, shape, steps, [1, rows, 1, padded(columns)])
+    stride_b, stride_s = tensor.stride()[:2]
+    shape, steps = [batch, 1, length, heads * columns], [stride_b, stride_b, stride_s, 1]
+    return TensorDescriptor(tensor, shape, steps, [1, 1, rows, padded(columns)])
 
 
 def describable(tensor: torch.Tensor) -> torch.Tensor:
@@ -329,9 +341,10 @@ def describable(tensor: torch.Tensor) -> torch.Tensor:
 def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the result (B, Q, H, Dv) and the LSE (B, H, Q) float32, packed as the call is.
 
-    With `tma` head_dim and v_head_dim times the element size must be multiples of 16 bytes; with `padded` what is
-    visited through TMA is copied to the width of a tile first.
+    With `tma` head_dim and v_head_dim times the element size must be multiples of 16 bytes; with `in_registers` the
+    queries stay there; with `padded` what is visited through TMA is copied to the width of a tile first.
     """
+    in_registers = bool(config.as_dict().get("in_registers"))
     problem, block_m, block_n, tma = call.problem, config["block_m"], config["block_n"], config["tma"]
     prepare = describable if tma else unit_stride
     query, key, value = (prepare(batched(tensor)) for tensor in (call.query, call.key, call.value))
@@ -345,7 +358,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = pad_columns(key), value if wide else pad_columns(value)
     if tma:
         values = wide_descriptor(value, block_n) if wide else descriptor(value, block_n)
-        tensors = (descriptor(query, block_m), descriptor(key, block_n), values)
+        tensors = (descriptor(query, block_m, in_registers=in_registers), descriptor(key, block_n), values)
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors are on
         attention_forward[(triton.cdiv(problem.q_len, block_m) * problem.batch * problem.heads,)](
             *tensors,
@@ -360,6 +373,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
             FOLD=plain and call.scale > 0,
             TMA=tma,
             WIDE=wide,
+            IN_REGISTERS=in_registers,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )

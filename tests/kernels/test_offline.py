@@ -64,6 +64,7 @@ def test_defaults_corners_and_winners_compile_and_fit(rows: list[Row]) -> None:
         assert row.outcome is Outcome.OK, f"{row.job}: {row.message}"
         assert row.fits, f"{row.job}: {row.shared_memory} bytes of shared memory"
         assert 0 < row.registers <= 255
+        assert row.overwritten == 0, f"{row.job}: ptxas overwrites an operand"
 
 
 def test_shared_memory_is_what_the_space_counts_with(rows: list[Row]) -> None:
@@ -76,6 +77,21 @@ def test_shared_memory_is_what_the_space_counts_with(rows: list[Row]) -> None:
         assert counted <= 1.6 * row.shared_memory, f"{row.job}: {counted} counted, {row.shared_memory} used"
         exact += counted == row.shared_memory
     assert exact >= 10
+
+
+def test_operands_that_ptxas_overwrites_are_found(tmp_path: Path) -> None:
+    """dK and dV of the first were wrong on an H200; the second takes keys and values from shared memory."""
+    problem = Problem(pass_=Pass.TRAINING, batch=1, heads=4, q_len=512, head_dim=64)
+    tiles = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2, "tma": True}
+    both = [
+        Job(problem=problem, role="dkdv", arch="sm_90", why="space",
+            config=Config.of("triton_dkdv", **tiles, in_registers=in_registers))
+        for in_registers in (True, False)
+    ]  # fmt: skip
+    wrong, right = compile_all(both, tmp_path / "rows", processes=2, seconds=120, report=lambda _: None)
+    assert (wrong.outcome, right.outcome) == (Outcome.OK, Outcome.OK)
+    assert wrong.overwritten == 16  # a thread's share of 64 x 64 keys
+    assert right.overwritten == 0
 
 
 # one process, for what does not come with a Row
