@@ -5,7 +5,6 @@ only the parameters it is about: the others keep the space's default, so a new p
 here. A config that a space does not have is left out.
 """
 
-import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -28,8 +27,7 @@ def _hopper(block: str, *configs: tuple[Value, ...]) -> Known:
     return tuple(dict(zip(names, config, strict=False)) for config in configs)
 
 
-# parameters of some problems, tried both ways with each known config
-EACH_WAY: dict[str, tuple[Value, Value]] = {"padded": (False, True), "mask_stages": (1, 0), "dbias": (True, False)}
+OTHER_WAY = ("padded", "mask_stages", "dbias", "in_registers")  # tried both ways with the most promising config
 # By kernel, then by the widest head_dim; the most promising first.
 # block_m, block_n, num_warps, num_stages, tma
 KNOWN: dict[str, dict[int, Known]] = {
@@ -134,11 +132,11 @@ def candidates(
 def _known(space: SearchSpace, problem: Problem) -> list[Config]:
     width = max(problem.head_dim, problem.v_head_dim)
     by_width = KNOWN.get(space.kernel, {})
-    values = next((known for widest, known in sorted(by_width.items()) if width <= widest), ())
-    varied = {name: ways for name, ways in EACH_WAY.items() if any(each.name == name for each in space.parameters)}
-    ways = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    each_way = [{**each, **way} for each in values for way in ways]
-    found = [Config.of(space.kernel, **{**space.default.as_dict(), **each}) for each in each_way]
+    values = next((known for widest, known in sorted(by_width.items()) if width <= widest), ({},))
+    default = space.default.as_dict()
+    others = [{**values[0], name: type(default[name])(not default[name])} for name in OTHER_WAY if name in default]
+    tried = [*values[:1], *others, *values[1:]]
+    found = [Config.of(space.kernel, **{**default, **each}) for each in tried]
     return [config for config in found if config in space and config != space.default]
 
 
