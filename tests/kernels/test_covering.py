@@ -60,7 +60,8 @@ def test_small(cell: Cell) -> None:
     """Tiles smaller than a length, in half of the cells by pointers and in half through TMA."""
     batch = 3 if cell.feature == "varlen" else 1 + cell.number % 2
     call = random_call(problem_of(cell, unit=SMALL, batch=batch), HERE, seed=cell.number, empty=True)
-    chosen = candidate(*TILES[cell.number % 3], tma=cell.number // 4 % 2 == 1 and can_use_tma())
+    tma, in_registers = cell.number // 4 % 2 == 1 and can_use_tma(), cell.number // 8 % 2 == 1
+    chosen = candidate(*TILES[cell.number % 3], tma=tma, in_registers=in_registers)
     assert_gradients(call, chosen, keep=dropout_mask(call) if call.problem.dropout else None)
 
 
@@ -80,8 +81,10 @@ def ways(problem: Problem, device: Device) -> list[Candidate]:
             if kind == "hopper":
                 config = spaces["hopper"].default if "hopper" in spaces else spaces["triton"].default
             else:
-                tiled = spaces["triton"].default
-                config = Config.of(tiled.kernel, **{**tiled.as_dict(), "tma": tiled["tma"] == (kind == "default")})
+                values = spaces["triton"].default.as_dict()
+                flipped = {"tma": not values["tma"], "in_registers": False} if kind == "flipped" else {}
+                changed = {name: value for name, value in flipped.items() if name in values}
+                config = Config.of(spaces["triton"].kernel, **{**values, **changed})
             chosen = chosen.with_config(role, config) if config in whole else chosen
         found[chosen] = None
     return list(found)
@@ -101,8 +104,8 @@ def test_the_ways_of_each_cell() -> None:
             continue
         assert {("triton_forward", True), ("triton_forward", False)} <= forwards
         counted["two ways" if len(forwards) == 2 else "three ways"] += 1
-        assert (len(forwards) == 3) == (cell.feature in ("full", "causal", "window"))
-    assert counted == {"three ways": 30, "two ways": 79}
+        assert (len(forwards) == 3) == (cell.feature != "varlen")
+    assert counted == {"three ways": 99, "two ways": 10}
 
 
 @pytest.mark.gpu
