@@ -20,7 +20,7 @@ from .resolve import Resolved, demote, resolve
 MEMO_LIMIT = 65_536
 Found = TypeVar("Found")
 # causal, window, layout, precision, deterministic, backend, return_lse, strict: a plain tuple, for every call makes one
-Options = tuple[bool, tuple[int, int] | None, str, str, bool, str, bool, bool]
+Options = tuple[bool, tuple[int, int] | None, str, str, bool, str | Candidate, bool, bool]
 Packed = tuple[Cumulative, int | None, int | None]  # cu_seqlens, max_q, max_kv
 _resolved: dict[Hashable, Resolved] = {}
 _resolved_under = 0
@@ -46,7 +46,7 @@ def attention(
     return_lse: bool = False,
     precision: str = "ieee",
     deterministic: bool = False,
-    backend: str = "auto",
+    backend: str | Candidate = "auto",
     strict: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(scale * query @ key.T + ...) @ value.
@@ -67,7 +67,8 @@ def attention(
       them the longest are looked up, which on a GPU waits for the device.
     - precision: "ieee", or "tf32" for float32 products on tensor cores. deterministic: the same bits every time.
     - return_lse: return (result, LSE), LSE (B, H, Q) or (H, total_q) float32, natural log, without a gradient.
-    - backend: "auto", or the name of one; strict: raise instead of falling back where it cannot run.
+    - backend: "auto", the name of one, or a Candidate, one with its configs (not while a graph is compiled); strict:
+      raise instead of falling back where it cannot run.
 
     Rows with nothing to attend give 0 and LSE -inf. Where the chosen backend has no backward of its own (the tiled CPU
     kernel has none), the backward recomputes through torch. What cu_seqlens holds is looked at on the CPU, and on a GPU
@@ -108,6 +109,8 @@ def attention(
         check_learning(query=query, key=key, value=value, mask=mask, alibi_slopes=alibi_slopes)
     options = (causal, window, layout, precision, deterministic, backend, return_lse, strict)
     if torch.compiler.is_compiling():
+        if isinstance(backend, Candidate):
+            raise InputError(f"backend: expected a name while a graph is compiled, got {backend}; answers hold configs")
         from . import ops  # which needs this module
 
         out, lse = ops.traced_attention(

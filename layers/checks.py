@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
 from tilewise.domain.problem import MAX_WINDOW
 from tilewise.kernels.backends import BACKENDS
@@ -76,16 +77,17 @@ def check_learning(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def check_choice(backend: str, query: torch.Tensor, value: torch.Tensor, **flags: bool) -> None:
+def check_choice(backend: str | Candidate, query: torch.Tensor, value: torch.Tensor, **flags: bool) -> None:
     """Raise InputError for a flag that is not a bool, or a named backend whose kernels end below the head_dim."""
     for name, flag in flags.items():
         if type(flag) is not bool:
             raise InputError(f"{name}: expected True or False, got {flag!r}")
-    if type(backend) is not str:
-        raise InputError(f"backend: expected a name, got {backend!r}")
-    most = BACKENDS[backend].max_head_dim if backend in BACKENDS else None
+    name = backend.backend if isinstance(backend, Candidate) else backend
+    if type(name) is not str:
+        raise InputError(f"backend: expected a name or a Candidate, got {backend!r}")
+    most = BACKENDS[name].max_head_dim if name in BACKENDS else None
     if most is not None and max(query.shape[-1], value.shape[-1]) > most:
         raise InputError(
-            f"backend {backend!r} takes a head_dim of at most {most}, got query {tuple(query.shape)} and value "
+            f"backend {name!r} takes a head_dim of at most {most}, got query {tuple(query.shape)} and value "
             f"{tuple(value.shape)}; leave the choice to backend='auto'"
         )

@@ -1,96 +1,102 @@
-"""Attention layers: projections around `tilewise.attention`."""
+"""Attention layers whose queries, keys and values are projected heads."""
+
+from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from tilewise.domain.errors import InputError
-from tilewise.domain.problem import MAX_WINDOW
-
-from .attention import attention
-from .checks import check_dense
-from .resolve import KERNEL_TYPES
+from .base import Asked, FastAttention, Options, SourceOptions, check_sizes
 
 
-class FastMultiHeadSelfAttention(nn.Module):
-    """Multi-head self-attention: one fused projection to query, key and value, attention, one projection back.
+class FastGroupedQueryAttention(FastAttention):
+    """Attention in which num_heads / num_kv_heads heads share a key and a value (Ainslie et al. 2023).
 
-    - embed_dim: width of input and output. num_heads: heads of head_dim each (embed_dim / num_heads by default).
-    - causal: each position sees itself and what came before. sliding_window: it sees that many positions at most,
-      itself included (to each side where not causal).
-    - kernel_type: "auto" (what was measured to be fastest, torch's own choice where nothing was), "flash", "triton",
-      "sdpa" (torch's own choice) or "pytorch" (matmul, softmax, matmul); strict: raise where that kernel cannot run,
-      instead of one warning and torch's own choice.
+    - num_kv_heads: a divisor of num_heads.
+    - kdim, vdim: widths of what keys and values are made of, embed_dim by default.
+    - Everything else as of FastAttention.
 
-    Parameters are named qkv_proj and o_proj. Raises InputError for sizes that do not fit together.
+    Parameters are named q_proj, k_proj, v_proj and o_proj, with qk_norm q_norm and k_norm. The cache holds keys and
+    values (batch, length, num_kv_heads, head_dim). Raises InputError for sizes that do not fit together.
     """
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
+        num_kv_heads: int,
         *,
-        head_dim: int | None = None,
-        bias: bool = True,
-        kernel_type: str = "auto",
-        causal: bool = False,
-        sliding_window: int | None = None,
-        strict: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__()
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("head_dim", head_dim)):
-            if size is not None and (type(size) is not int or size < 1):
-                raise InputError(f"{name}: expected a whole number of at least 1, got {size!r}")
-        if head_dim is None and embed_dim % num_heads:
-            raise InputError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        if kernel_type not in KERNEL_TYPES:
-            raise InputError(f"kernel_type: expected one of {', '.join(KERNEL_TYPES)}, got {kernel_type!r}")
-        if sliding_window is not None and not (type(sliding_window) is int and 1 <= sliding_window <= MAX_WINDOW):
-            raise InputError(
-                f"sliding_window: expected a whole number from 1 (the position itself) to {MAX_WINDOW}, "
-                f"got {sliding_window!r}"
-            )
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.head_dim = head_dim or embed_dim // num_heads
-        self.causal, self.kernel_type, self.strict = causal, kernel_type, strict
-        self.window = None
-        if sliding_window is not None:
-            self.window = (sliding_window - 1, 0 if causal else sliding_window - 1)
-        inner = num_heads * self.head_dim
-        self.qkv_proj = nn.Linear(embed_dim, 3 * inner, bias=bias, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(inner, embed_dim, bias=bias, device=device, dtype=dtype)
+        check_sizes(num_kv_heads=num_kv_heads, kdim=kdim, vdim=vdim)
+        super().__init__(embed_dim, num_heads, num_kv_heads=num_kv_heads, **options)
+        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = self._projection(embed_dim, inner)
+        self.k_proj = self._projection(self.kdim, kv_inner)
+        self.v_proj = self._projection(self.vdim, kv_inner)
+        self.o_proj = self._projection(inner, embed_dim)
+        self.reset_parameters()
 
-    def forward(self, query: torch.Tensor, *, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (batch, seq, embed_dim) for `query` of that shape; attn_mask as the mask of tilewise.attention.
+    def _widths(self) -> tuple[int, int, int]:
+        return self.embed_dim, self.kdim, self.vdim
 
-        Raises InputError for a query that is not dense, or of another shape, dtype or device than the layer's.
-        """
-        check_dense("query", query)
-        if query.dim() != 3 or query.shape[-1] != self.embed_dim:
-            raise InputError(f"expected query (batch, seq, {self.embed_dim}), got {tuple(query.shape)}")
-        self._check_weights(query)
-        q, k, v = self.qkv_proj(query).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        out = attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window=self.window,
-            mask=attn_mask,
-            backend=KERNEL_TYPES[self.kernel_type],
-            strict=self.strict,
+    def _project(self, asked: Asked) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            self.q_proj(asked.query).unflatten(-1, (self.num_heads, self.head_dim)),
+            self.k_proj(asked.key).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+            self.v_proj(asked.value).unflatten(-1, (self.num_kv_heads, self.head_dim)),
         )
-        assert isinstance(out, torch.Tensor)
-        result: torch.Tensor = self.o_proj(out.flatten(2))
-        return result
 
-    def _check_weights(self, query: torch.Tensor) -> None:
-        if type(self.qkv_proj) is not nn.Linear:  # an adapter or a quantised layer says by itself what it takes
-            return
-        weight, kind = self.qkv_proj.weight, query.device.type
-        if query.device != weight.device or (query.dtype != weight.dtype and not torch.is_autocast_enabled(kind)):
-            raise InputError(
-                f"expected query {weight.dtype} on {weight.device} like the layer's weights, got {query.dtype} "
-                f"{tuple(query.shape)} on {query.device}"
-            )
+
+class FastMultiHeadAttention(FastGroupedQueryAttention):
+    """Attention with a key and a value for every head (Vaswani et al. 2017), of one, two or three inputs.
+
+    Arguments, parameters, cache and errors are those of FastGroupedQueryAttention, without num_kv_heads.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[SourceOptions]) -> None:
+        super().__init__(embed_dim, num_heads, num_heads, **options)
+
+
+class FastMultiQueryAttention(FastGroupedQueryAttention):
+    """Attention in which all heads share one key and one value (Shazeer 2019).
+
+    Arguments, parameters, cache and errors are those of FastGroupedQueryAttention, without num_kv_heads.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[SourceOptions]) -> None:
+        super().__init__(embed_dim, num_heads, 1, **options)
+
+
+class FastMultiHeadSelfAttention(FastAttention):
+    """Multi-head attention with one fused projection to query, key and value; everything else as of FastAttention.
+
+    Parameters are named qkv_proj, the rows of queries first, then those of keys and values, and o_proj; with qk_norm
+    q_norm and k_norm. Of two or three inputs each takes its rows of qkv_proj. The cache holds keys and values
+    (batch, length, num_heads, head_dim). Raises InputError for sizes that do not fit together.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[Options]) -> None:
+        super().__init__(embed_dim, num_heads, **options)
+        inner = num_heads * self.head_dim
+        self.qkv_proj = self._projection(embed_dim, 3 * inner)
+        self.o_proj = self._projection(inner, embed_dim)
+        self.reset_parameters()
+
+    def _project(self, asked: Asked) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = (self.num_heads, self.head_dim)
+        if asked.key is asked.query and asked.value is asked.query:
+            query, key, value = self.qkv_proj(asked.query).unflatten(-1, (3, *heads)).unbind(2)
+            return query, key, value
+        sources = (asked.query, asked.key, asked.value)
+        if type(self.qkv_proj) is not nn.Linear:  # an adapter or a quantised layer, which cannot be taken apart
+            parts = [self.qkv_proj(source).chunk(3, -1)[place] for place, source in enumerate(sources)]
+        else:
+            weights = self.qkv_proj.weight.chunk(3)
+            biases = (None,) * 3 if self.qkv_proj.bias is None else self.qkv_proj.bias.chunk(3)
+            parts = [F.linear(*each) for each in zip(sources, weights, biases, strict=True)]
+        query, key, value = (part.unflatten(-1, heads) for part in parts)
+        return query, key, value

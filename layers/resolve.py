@@ -38,25 +38,26 @@ class Resolved:
     fallback: Candidate
 
 
-def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse: bool, strict: bool) -> Resolved:
-    """Return what runs for `problem`: the answer's plan for `auto`, else the named backend or one of a family.
+def resolve(
+    problem: Problem, device: torch.device, backend: str | Candidate, *, return_lse: bool, strict: bool
+) -> Resolved:
+    """Return what runs for `problem`: the answer's plan for `auto`, else the named backend, one of a family, or a given
+    candidate.
 
     A plan or backend that cannot run here gives torch's own choice and one warning, or raises with `strict`.
     """
     # torch's own choice keeps the LSE to itself; its plain form gives it
     fallback = PLAIN if return_lse else default_candidate(problem)
-    if backend != "auto" and backend not in FAMILIES:
-        backend_named(backend)
+    if isinstance(backend, Candidate) or (backend != "auto" and backend not in FAMILIES):
+        backend_named(backend.backend if isinstance(backend, Candidate) else backend)
     try:
         described = devices.describe(device)
-        backend = _member(backend, problem, described)
-        answer = session.client_for(device).answer(problem)
+        candidate = _wanted(backend, problem, device, described)
     except (DeviceError, SettingsError) as error:  # no device to ask about, or no client to ask
         if strict:
             raise
         _warn(f"{error}; torch's own choice runs instead")
         return Resolved(problem, fallback, fallback)
-    candidate = answer.plan.forward if backend == "auto" else _of_backend(answer, backend)
     reason = _why_not(candidate, problem, described, return_lse=return_lse and backend != "auto")
     if reason is not None:
         if strict:
@@ -71,6 +72,15 @@ def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse:
     if not strict and (device, candidate, problem.bucket()) in _demoted:
         candidate = fallback
     return Resolved(problem, candidate, fallback)
+
+
+def _wanted(backend: str | Candidate, problem: Problem, device: torch.device, described: Device) -> Candidate:
+    """Return what was asked for, with the best known config where the caller names none."""
+    if isinstance(backend, Candidate):
+        return backend
+    name = _member(backend, problem, described)
+    answer = session.client_for(device).answer(problem)
+    return answer.plan.forward if name == "auto" else _of_backend(answer, name)
 
 
 def demote(resolved: Resolved, device: torch.device, error: Exception) -> None:

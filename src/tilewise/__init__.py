@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from tilewise.domain.problem import Problem
     from tilewise.layers.attention import attention
     from tilewise.layers.decode import decode
-    from tilewise.layers.multi_head import FastMultiHeadSelfAttention
+    from tilewise.layers.kv_cache import KeyValueCache
+    from tilewise.layers.multi_head import (
+        FastGroupedQueryAttention,
+        FastMultiHeadAttention,
+        FastMultiHeadSelfAttention,
+        FastMultiQueryAttention,
+    )
     from tilewise.layers.session import answer, configure, ready, refresh
 
 __version__ = "0.1.0"
@@ -34,7 +40,11 @@ _HOMES = {
     "Client": "client.client",
     "Config": "domain.config",
     "Device": "domain.device",
+    "FastGroupedQueryAttention": "layers.multi_head",
+    "FastMultiHeadAttention": "layers.multi_head",
     "FastMultiHeadSelfAttention": "layers.multi_head",
+    "FastMultiQueryAttention": "layers.multi_head",
+    "KeyValueCache": "layers.kv_cache",
     "Match": "domain.answer",
     "Plan": "domain.config",
     "Problem": "domain.problem",
@@ -53,7 +63,11 @@ __all__ = [
     "Client",
     "Config",
     "Device",
+    "FastGroupedQueryAttention",
+    "FastMultiHeadAttention",
     "FastMultiHeadSelfAttention",
+    "FastMultiQueryAttention",
+    "KeyValueCache",
     "Match",
     "Plan",
     "Problem",

@@ -148,7 +148,7 @@ OPTION_CASES: dict[str, Case] = {
     "causal as number": ({"causal": 2}, "causal: expected True or False, got 2"),
     "strict as text": ({"strict": "yes"}, "strict: expected True or False, got 'yes'"),
     "return_lse as list": ({"return_lse": []}, r"return_lse: expected True or False, got \[\]"),
-    "backends": ({"backend": ["triton", "sdpa"]}, r"backend: expected a name, got \['triton', 'sdpa'\]"),
+    "backends": ({"backend": ["triton", "sdpa"]}, r"backend: expected a name or a Candidate, got \['triton', 'sdpa'\]"),
 }
 CASES = {**SHAPE_CASES, **DTYPE_CASES, **KIND_CASES, **MASK_CASES, **OPTION_CASES}
 

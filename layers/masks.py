@@ -1,0 +1,65 @@
+"""The masks that a layer takes, in the form that `tilewise.attention` takes: (batch, heads, q_len, kv_len)."""
+
+import torch
+
+from tilewise.domain.errors import InputError
+from tilewise.kernels.call import FLOATING, allowed
+
+from .checks import check_dense
+
+
+def layer_mask(mask: torch.Tensor, *, batch: int, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
+    """Return `mask` with four dimensions, bool or additive as it was.
+
+    (q_len, kv_len), (batch, kv_len), (batch, q_len, kv_len) and (batch, heads, q_len, kv_len) are taken, a size of 1
+    standing for all but the last. Raises InputError for every other shape or dtype, and for two dimensions that may be
+    either where batch and q_len are the same.
+    """
+    check_dense("attn_mask", mask)
+    shape = tuple(mask.shape)
+    if mask.dtype is not torch.bool and mask.dtype not in FLOATING:
+        raise InputError(
+            f"attn_mask: expected bool (True = attend) or additive floating point, got {mask.dtype} {shape}; "
+            "of a mask of ones and zeros use attn_mask.bool()"
+        )
+    if mask.dim() == 2 and shape[0] == batch == q_len > 1 and shape[1] == kv_len:
+        raise InputError(
+            f"attn_mask: {shape} may be (q_len, kv_len) or (batch, kv_len), for both are {batch}; give it as "
+            f"(1, {q_len}, {kv_len}) or as ({batch}, 1, {kv_len})"
+        )
+    forms = {2: ((q_len, kv_len), (batch, kv_len)), 3: ((batch, q_len, kv_len),), 4: ((batch, heads, q_len, kv_len),)}
+    for full in forms.get(mask.dim(), ()):
+        if shape[-1] == kv_len and all(have in (1, want) for have, want in zip(shape, full, strict=True)):
+            return _four(mask, full == (batch, kv_len) and shape[0] == batch)
+    raise InputError(
+        f"attn_mask: expected (q_len, kv_len) = ({q_len}, {kv_len}), (batch, kv_len) = ({batch}, {kv_len}), "
+        f"(batch, q_len, kv_len) = ({batch}, {q_len}, {kv_len}) or (batch, heads, q_len, kv_len) = "
+        f"({batch}, {heads}, {q_len}, {kv_len}), got {shape}; keys of a cache count in kv_len"
+    )
+
+
+def _four(mask: torch.Tensor, of_batch: bool) -> torch.Tensor:
+    if mask.dim() == 4:
+        return mask
+    if mask.dim() == 3:
+        return mask[:, None]
+    return mask[:, None, None] if of_batch else mask[None, None]
+
+
+def merged(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a mask and a bias as one mask; what a bool mask hides is -inf, never a number that is added."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else mask + bias
+
+
+def spelled_out(
+    q_len: int, kv_len: int, window: tuple[int, int], slopes: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """Return a window and ALiBi as a mask (1, heads or 1, q_len, kv_len): bool without slopes, else float32."""
+    rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+    reach = allowed(rows, columns, kv_len - q_len, window)
+    if slopes is None:
+        return None if reach is None else reach[None, None]
+    bias = -slopes[:, None, None] * (rows[:, None] + kv_len - q_len - columns).abs()
+    return merged(None if reach is None else reach[None, None], bias[None])
