@@ -15,6 +15,7 @@ from .attention import attention
 from .checks import check_dense
 from .kv_cache import KeyValueCache
 from .masks import layer_mask, merged, spelled_out
+from .norms import RMSNorm
 from .positions import Placed, Places, Span, as_tensor, positions_of
 from .resolve import KERNEL_TYPES
 from .rope_scaling import Scaling, scaling_of
@@ -108,8 +109,8 @@ class FastAttention(nn.Module):
     """
 
     o_proj: nn.Linear  # to be made by a subclass
-    q_norm: nn.RMSNorm | None
-    k_norm: nn.RMSNorm | None
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
 
     def __init__(
         self,
@@ -164,8 +165,8 @@ class FastAttention(nn.Module):
             max_seq_len=max_seq_len,
             scaling=self.rope_scaling,
         )
-        self.q_norm = nn.RMSNorm(self.head_dim, qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
         self._linear = {"bias": bias, "device": device, "dtype": dtype}
 
     def _projection(self, width: int, into: int) -> nn.Linear:
@@ -225,8 +226,6 @@ class FastAttention(nn.Module):
         query, key, value = self._project(asked)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        # under autocast norms give float32, and projections do not
-        query, key = query.to(value.dtype), key.to(value.dtype)
         if self.positions.late:
             places = as_tensor(asked.of_key, key.device).expand(key.shape[:2])
             (key, value, places), cache = self._cached(asked, key, value, places)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tilewise.layers.attention import attention
     from tilewise.layers.decode import decode
     from tilewise.layers.kv_cache import KeyValueCache
+    from tilewise.layers.latent import FastMultiHeadLatentAttention
     from tilewise.layers.multi_head import (
         FastGroupedQueryAttention,
         FastMultiHeadAttention,
@@ -42,6 +43,7 @@ _HOMES = {
     "Device": "domain.device",
     "FastGroupedQueryAttention": "layers.multi_head",
     "FastMultiHeadAttention": "layers.multi_head",
+    "FastMultiHeadLatentAttention": "layers.latent",
     "FastMultiHeadSelfAttention": "layers.multi_head",
     "FastMultiQueryAttention": "layers.multi_head",
     "KeyValueCache": "layers.kv_cache",
@@ -65,6 +67,7 @@ __all__ = [
     "Device",
     "FastGroupedQueryAttention",
     "FastMultiHeadAttention",
+    "FastMultiHeadLatentAttention",
     "FastMultiHeadSelfAttention",
     "FastMultiQueryAttention",
     "KeyValueCache",
