@@ -149,7 +149,6 @@ class FastAttention(nn.Module):
         if num_heads % self.num_kv_heads:
             raise InputError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {self.num_kv_heads}")
         self.head_dim = head_dim or embed_dim // num_heads
-        self.scale = self.head_dim**-0.5
         self.dropout, self.causal, self.kernel_type, self.strict = float(dropout), causal, kernel_type, strict
         self.add_zero_attn, self.batch_first = add_zero_attn, batch_first
         self.window = None
@@ -172,6 +171,14 @@ class FastAttention(nn.Module):
     def _projection(self, width: int, into: int) -> nn.Linear:
         """Return a projection of this layer's bias, device and dtype."""
         return nn.Linear(width, into, **self._linear)  # type: ignore[arg-type]
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return float(self.head_dim**-0.5) * self._score_factor()  # not kept: dynamo takes a module's floats as variable
+
+    def _score_factor(self) -> float:
+        return 1.0
 
     def reset_parameters(self) -> None:
         """Draw the weights of the projections from Xavier's uniform distribution; biases are 0."""
@@ -251,7 +258,6 @@ class FastAttention(nn.Module):
         value: torch.Tensor,
         mask: torch.Tensor | None = None,
         *,
-        scale: float | None = None,
         return_lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return attention alone, without projections: (batch, q_len, heads, v_head_dim), and the LSE if asked for.
@@ -277,7 +283,7 @@ class FastAttention(nn.Module):
             mask=mask,
             alibi_slopes=slopes,
             dropout=self.dropout if self.training else 0.0,
-            scale=self.scale if scale is None else scale,
+            scale=self.scale,
             return_lse=return_lse,
             backend=backend,
             strict=self.strict,

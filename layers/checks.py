@@ -26,7 +26,7 @@ def check_numbers(
         raise InputError(f"softcap: expected 0 (none) or more, got {softcap!r}")
     if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
         raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout!r}")
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+    if scale is not None and not (isinstance(scale, int | float) and -math.inf < scale < math.inf):
         raise InputError(f"scale: expected a finite number, or None for head_dim ** -0.5, got {scale!r}")
     if seed is not None and not (type(seed) is int and 0 <= seed < 1 << 63):
         raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")

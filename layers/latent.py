@@ -83,12 +83,14 @@ class FastMultiHeadLatentAttention(FastAttention):
             self.dims = _Dims(kv_rank, nope_head_dim, rope_head_dim, v_head_dim)
             self.position_method = method
             self.positions = self._decoupled_positions(rope_interleave, options)
-            self.scale *= self.rope_scaling.score_factor
         else:
             rank = latent_dim or max(16, embed_dim // 8)
             self.dims, q_rank = _Dims(rank, self.head_dim, 0, self.head_dim), rank
         self._make_projections(q_rank, norm_eps)
         self.reset_parameters()
+
+    def _score_factor(self) -> float:
+        return self.rope_scaling.score_factor if self.decoupled else 1.0
 
     def _decoupled_positions(self, interleaved: bool, options: Options) -> Positions:
         if self.position_method == "none":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         FastMultiQueryAttention,
     )
     from tilewise.layers.session import answer, configure, ready, refresh
+    from tilewise.layers.state_dicts import weights_from_deepseek, weights_from_llama, weights_from_torch
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,9 @@ _HOMES = {
     "decode": "layers.decode",
     "ready": "layers.session",
     "refresh": "layers.session",
+    "weights_from_deepseek": "layers.state_dicts",
+    "weights_from_llama": "layers.state_dicts",
+    "weights_from_torch": "layers.state_dicts",
 }
 
 __all__ = [
@@ -81,6 +85,9 @@ __all__ = [
     "decode",
     "ready",
     "refresh",
+    "weights_from_deepseek",
+    "weights_from_llama",
+    "weights_from_torch",
 ]
 
 
