@@ -1,6 +1,7 @@
 """From an answer to what really runs here: validated, supported, and demoted where it fails."""
 
 import logging
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ KERNEL_TYPES = {"auto": "auto", "flash": "any_flash", "triton": "triton", "sdpa"
 
 # What failed here when it ran, for the life of the process: a growing cache must not fail, and warn, at every length.
 _demoted: set[tuple[torch.device, Candidate, Problem]] = set()
-_warned: set[str] = set()
+_warned: set[Hashable] = set()
 
 
 @dataclass(slots=True)
@@ -65,7 +66,10 @@ def resolve(
                 f"{candidate} cannot run {problem.key} on {described.key}: {reason}; "
                 "leave out strict=True to run torch's own choice"
             )
-        _warn(f"{candidate} cannot run {problem.key} on {described.key}: {reason}; torch's own choice runs instead")
+        _warn(
+            f"{candidate} cannot run {problem.key} on {described.key}: {reason}; torch's own choice runs instead",
+            once=(candidate.backend, reason),  # not for every length of a growing cache
+        )
         candidate = default_candidate(problem)
     if return_lse and not backend_named(candidate.backend).gives_lse:
         candidate = _with_lse(problem, described)
@@ -96,9 +100,11 @@ def forget() -> None:
     _warned.clear()
 
 
-def _warn(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+def _warn(message: str, once: Hashable = None) -> None:
+    """Log `message`, but only the first one of what is the same: `once`, the message itself where that is None."""
+    same = message if once is None else once
+    if same not in _warned:
+        _warned.add(same)
         log.warning("%s", message)
 
 

@@ -101,6 +101,15 @@ def test_kernel_types(
             strict(rows(9))
 
 
+def test_a_growing_cache_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    layer = layer_of("grouped", causal=True, kernel_type="triton").eval()
+    with torch.no_grad():
+        _, cache = layer(rows(5), use_cache=True)
+        for _ in range(3):
+            _, cache = layer(rows(1), past_key_value=cache, use_cache=True)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kernel_type", ["Flash", "cuda", "", None, 3, ["flash"]])
 def test_an_unknown_kernel_type(form: str, kernel_type: object) -> None:
@@ -119,7 +128,7 @@ def test_a_candidate_in_a_compiled_graph(fresh_dynamo: None) -> None:  # noqa: A
         torch.compile(layer, backend="eager", fullgraph=True)(rows(9))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["grouped", "latent", "decoupled"])  # those that share no code
 def test_layers_compile_into_one_graph(form: str, fresh_dynamo: None) -> None:  # noqa: ARG001
     """Positions, masks and caches included; the next lengths use the same graph."""
     layer = layer_of(form, causal=True, position_method="rope", sliding_window=5)
