@@ -82,9 +82,9 @@ def _wanted(backend: str | Candidate, problem: Problem, device: torch.device, de
     """Return what was asked for, with the best known config where the caller names none."""
     if isinstance(backend, Candidate):
         return backend
-    name = _member(backend, problem, described)
+    name = member(backend, problem, described)
     answer = session.client_for(device).answer(problem)
-    return answer.plan.forward if name == "auto" else _of_backend(answer, name)
+    return answer.plan.forward if name == "auto" else best_known(answer, name)
 
 
 def demote(resolved: Resolved, device: torch.device, error: Exception) -> None:
@@ -108,7 +108,7 @@ def _warn(message: str, once: Hashable = None) -> None:
         log.warning("%s", message)
 
 
-def _member(name: str, problem: Problem, device: Device) -> str:
+def member(name: str, problem: Problem, device: Device) -> str:
     """Return the backend that runs for `name`, itself unless it is a family; the last where none supports `problem`."""
     members = FAMILIES.get(name)
     if members is None:
@@ -116,7 +116,7 @@ def _member(name: str, problem: Problem, device: Device) -> str:
     return next((each for each in members if backend_named(each).supports(problem, device) is None), members[-1])
 
 
-def _of_backend(answer: Answer, backend: str) -> Candidate:
+def best_known(answer: Answer, backend: str) -> Candidate:
     """Return the best known config of `backend`: the answer's own, else the best of its final, else the default."""
     finalists = answer.evidence.finalists if answer.evidence else ()
     known = [answer.plan.forward, *(finalist.candidate for finalist in finalists)]

@@ -197,7 +197,7 @@ def _case(name: str, call: Call, seed: int) -> Case:
 def _bounds(call: Call, grad_out: torch.Tensor | None, keep: torch.Tensor | None) -> dict[str, Bound]:
     """Return what is right by tensor name, with the weights that dropout keeps where there is dropout."""
     exact, plain = _expected(call, torch.float64, grad_out, keep), _expected(call, call.query.dtype, grad_out, keep)
-    return {name: _bound(exact[name], plain[name], call.query.dtype) for name in exact}
+    return {name: bound_of(exact[name], plain[name], call.query.dtype) for name in exact}
 
 
 def _expected(
@@ -210,7 +210,8 @@ def _expected(
     return found
 
 
-def _bound(exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> Bound:
+def bound_of(exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> Bound:
+    """Return the errors that are allowed where plain products in `dtype` gave `plain` for `exact`."""
     known = exact.isfinite()
     finite = exact.masked_fill(~known, 0)
     error = (plain.double() - finite).masked_fill(~known, 0)

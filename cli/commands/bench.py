@@ -1,4 +1,4 @@
-"""tilewise bench core and compile."""
+"""tilewise bench: the page of layers by itself, core and compile."""
 
 import importlib.util
 import os
@@ -11,13 +11,16 @@ import typer
 
 from ..console import err, out, print_json, print_table
 from ..options import AsJson, Db, DeviceName, database_url
+from .bench_page import PageGroup, page
+from .commandline import words_given
 
 if TYPE_CHECKING:
     from tilewise.bench.core_report import Report
     from tilewise.domain.config import Candidate
     from tilewise.domain.problem import Problem
 
-app = typer.Typer(help="Measure what this project claims, and write it down.", no_args_is_help=True)
+app = typer.Typer(cls=PageGroup)
+app.callback(invoke_without_command=True)(page)
 
 RESULTS = Path("bench/results")
 UNTOLD = ("output", "db", "as_json")  # options that change nothing in what is measured
@@ -97,7 +100,7 @@ def core(
         options,
         where,
         target,
-        command=_command(context),
+        command=words_given(context, ["tilewise", "bench", "core"], UNTOLD),
         standing=_standing(described.key, db),
         tell=lambda line: err.print(line, markup=False),
     )
@@ -112,20 +115,6 @@ def core(
 
 def _names(given: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip())
-
-
-def _command(context: typer.Context) -> str:
-    """Return the command line of the options that were given, but for those that only say where to."""
-    words = ["tilewise", "bench", "core"]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in UNTOLD:
-            continue
-        value = context.params[name]
-        for each in value if isinstance(value, list | tuple) else [value]:
-            words += [parameter.opts[0]] if isinstance(each, bool) else [parameter.opts[0], str(each)]
-    return shlex.join(words)
 
 
 def _standing(device_key: str, db: str | None) -> "dict[Problem, Candidate]":

@@ -1,0 +1,170 @@
+"""Measures attention layers, the page that the project started from with every cell filled: `tilewise bench`.
+
+A row is one layer of one model: every backend is checked against float64, then the calls of all alternate (`page_row`).
+The report is written after every row, and a later invocation adds to it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tilewise.domain.errors import SettingsError, TuningError
+from tilewise.domain.trial import now
+from tilewise.kernels import device as devices
+from tilewise.layers import session
+from tilewise.tuner.timing import clock_for
+
+from . import core_report
+from .core_row import usable
+from .page_answers import answers_of
+from .page_records import BACKENDS, PageRow
+from .page_report import PageReport, Spoilt, opened, write
+from .page_row import MESSAGE_LIMIT, Shared, SpoiltError, free_bytes, gib, measure, needed_bytes, without_room
+from .page_specs import Chosen, Spec, specs
+from .records import Run
+from .trinix_layers import TRINIX, Trinix
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What one invocation does.
+
+    - backends: columns, empty for all of ours; those of trinix come with `trinix`, the folder of its wheel.
+    - num_runs, warmup: rounds that are timed, and rounds before; every round calls every step once.
+    - seconds: soft limit of wall time: no row starts that would probably pass it.
+    - again: measure rows that the report has already.
+    - cores: a report of `tilewise bench core`, whose finals are the answers of this run.
+    """
+
+    chosen: Chosen
+    backends: tuple[str, ...] = ()
+    num_runs: int = 100
+    warmup: int = 10
+    seconds: float = 540.0
+    again: bool = False
+    trinix: Path | None = None
+    cores: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The report as it stands, the rows that failed as a whole, and how many the time did not suffice for."""
+
+    report: PageReport
+    failed: tuple[str, ...]
+    left: int
+
+
+def run(options: Options, device: torch.device, output: Path, *, command: str, tell: Tell = print) -> Result:
+    """Measure the chosen rows that are open, and write the report to `output` and its page beside it after each.
+
+    A row is open that the report lacks, lacks columns of, or has of other kernels or libraries. Raises SettingsError
+    for names, sizes or files that do not fit, and TuningError where a backend spoilt the device: the same command then
+    goes on without it.
+    """
+    start = time.monotonic()
+    wanted, columns = specs(options.chosen), _columns(options)
+    described = devices.describe(device)
+    this = Run(
+        device=described,
+        device_key=described.key,
+        software=devices.software(described.kind),
+        command=command,
+        started=now(),
+    )
+    report = opened(output, this)
+    if options.cores is not None:
+        _answer_from(options.cores, this, output.with_suffix(".answers.json"))
+    session.ready(device=device)
+    shared = Shared(
+        device=device,
+        run=this,
+        clock=clock_for(device),
+        backends=columns,
+        num_runs=options.num_runs,
+        warmup=options.warmup,
+        trinix=None if options.trinix is None else Trinix(options.trinix),
+    )
+    waiting = [spec for spec in wanted if options.again or not _stands(report.row(spec), this, columns)]
+    tell(f"{len(waiting)} of {len(wanted)} rows to measure on {described.name}")
+    failed: list[str] = []
+    longest = 0.0
+    for number, spec in enumerate(waiting):
+        begun = time.monotonic()
+        if number and begun + longest > start + options.seconds:
+            return Result(report=report, failed=tuple(failed), left=len(waiting) - number)
+        name = f"[{number + 1}/{len(waiting)}] {spec.name}"
+        try:
+            row = _row(spec, shared, report)
+        except SpoiltError as error:
+            write(report.with_spoilt(Spoilt(spec, error.backend, str(error))), output)
+            raise TuningError(
+                f"{error.backend} left {described.name} unusable on {spec.name} ({error}); run the same command "
+                "again: it goes on without that cell"
+            ) from error
+        except Exception as error:  # whatever goes wrong costs one row, not those that wait
+            if not usable(device):
+                raise
+            failed.append(f"{spec.name}: {type(error).__name__}: {error}"[:MESSAGE_LIMIT])
+            tell(f"{name}: {failed[-1]}")
+        else:
+            report = report.with_row(row)
+            write(report, output)
+            tell(f"{name}: {_found(row)}; {row.seconds:.0f} s, {time.monotonic() - start:.0f} s in all")
+        longest = max(longest, time.monotonic() - begun)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return Result(report=report, failed=tuple(failed), left=0)
+
+
+def _columns(options: Options) -> tuple[str, ...]:
+    theirs = tuple(TRINIX) if options.trinix is not None else ()
+    ours = tuple(name for name in BACKENDS if name not in TRINIX)
+    unknown = [name for name in options.backends if name not in ours]
+    if unknown:
+        raise SettingsError(f"--backends: expected some of {', '.join(ours)}, got {', '.join(unknown)}")
+    return (*(name for name in ours if name in (options.backends or ours)), *theirs)
+
+
+def _answer_from(path: Path, this: Run, kept: Path) -> None:
+    """Let the finals of a report of cores be this run's answers."""
+    report = core_report.read(path)
+    if report.device_key != this.device_key:
+        raise SettingsError(f"--cores {path}: expected a report of {this.device_key}, got one of {report.device_key}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(answers_of(report).dumps())
+    session.configure(snapshot=str(kept))
+
+
+def _row(spec: Spec, shared: Shared, report: PageReport) -> PageRow:
+    needed, free = needed_bytes(spec), free_bytes(shared.device)
+    if needed > free:
+        reason = f"the layer and its check need about {gib(needed)}, of which {gib(free)} are free"
+        return without_room(spec, shared, reason, needed)
+    spoilt = {each.backend: each.message for each in report.spoilt if each.spec == spec}
+    try:
+        return measure(spec, shared, spoilt)
+    except torch.OutOfMemoryError as error:
+        return without_room(spec, shared, str(error).partition("\n")[0][:MESSAGE_LIMIT], needed)
+
+
+def _stands(row: PageRow | None, this: Run, columns: tuple[str, ...]) -> bool:
+    """Whether a row of the report has these columns, of the kernels and libraries that are here now."""
+    if row is None or any(row.cell(name) is None for name in columns):
+        return False
+    return row.run.software == this.software
+
+
+def _found(row: PageRow) -> str:
+    auto, speedup = row.timing("auto"), row.speedup("auto")
+    if auto is None:
+        return next((cell.message for cell in row.cells if cell.message), "auto was not asked for")
+    parts = [f"auto {auto.mean_ms:.4g} ms"]
+    parts += [f"{speedup:.2f}x"] if speedup is not None else []
+    parts += [f"{row.of_ceiling:.0%} of the ceiling"] if row.of_ceiling is not None else []
+    return ", ".join(parts)
