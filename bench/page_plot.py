@@ -1,6 +1,6 @@
 """The plots of `tilewise bench`: bars per model, and speed-up and memory against sequence length and hidden size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.artist import Artist
@@ -42,7 +42,7 @@ def _bars(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
     drawn = Figure(figsize=(12, 3.4 * len(groups) + 1), dpi=DOTS_PER_INCH, layout="constrained")
     panels = drawn.subplots(len(groups), 1, squeeze=False)[:, 0]
     for panel, rows in zip(panels, groups, strict=True):
-        names = [name for name in columns_of(rows) if name != BASELINE]
+        names = [name for name in columns_of(rows) if name != BASELINE and any(row.timing(name) for row in rows)]
         width = 0.85 / max(1, len(names))
         for place, name in enumerate(names):
             colour, _, hatch = LOOKS[name]
@@ -59,9 +59,20 @@ def _bars(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
         panel.margins(x=0.01, y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
     drawn.suptitle(f"Attention layers on {device}; PyTorch, the plain form, is 1", x=0.01, ha="left", fontweight="bold")
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    _legend(drawn, panels)
     return drawn
+
+
+def _legend(drawn: Figure, panels: Iterable[Axes]) -> None:
+    """Write one legend of what any panel shows."""
+    found: dict[str, Artist] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    drawn.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=max(1, len(found)), frameon=False,
+        fontsize=9,
+    )  # fmt: skip
 
 
 def _name_models(panel: Axes, specs: Sequence[Spec]) -> None:
@@ -93,10 +104,7 @@ def _curves(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
         speeds.set_ylim(bottom=0)
         _memory(memory, sweep, rows)
     drawn.suptitle(f"By {sweep} on {device}", x=0.01, ha="left", fontweight="bold")
-    found: dict[str, Artist] = {}
-    for panel in panels.flat:
-        found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    drawn.legend(list(found.values()), list(found), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _legend(drawn, panels.flat)
     return drawn
 
 

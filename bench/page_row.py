@@ -124,7 +124,7 @@ def needed_bytes(spec: Spec) -> int:
     element = torch.finfo(TORCH_DTYPES[spec.dtype]).bits // 8
     tokens = spec.batch * spec.seq_len
     copies = 2 if spec.pass_ is Pass.TRAINING else 1
-    scores = spec.heads // spec.kv_heads * spec.seq_len**2 * 8 * (5 if spec.pass_ is Pass.TRAINING else 4)
+    scores = spec.heads // spec.kv_heads * spec.seq_len**2 * 8 * (9 if spec.pass_ is Pass.TRAINING else 6)
     heads = spec.heads * sum(spec.head_dims) * 4
     return copies * (weights + tokens * (2 * spec.hidden + heads)) * (element + 8) + scores
 

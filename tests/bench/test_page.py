@@ -1,0 +1,551 @@
+"""The benchmark of layers: verdicts on made-up rows, and the command from end to end on this CPU."""
+
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilewise.bench import baseline, core_report, core_row, page, page_plot, page_report, page_row, page_specs
+from tilewise.bench.page_answers import answers_of
+from tilewise.bench.page_records import BACKENDS, Cell, PageRow, Timing
+from tilewise.bench.page_specs import Chosen, Spec, specs
+from tilewise.bench.page_verdicts import verdicts
+from tilewise.cli import main as cli
+from tilewise.cli.commands.bench_page import spread
+from tilewise.domain.config import Candidate, Config
+from tilewise.domain.errors import SettingsError
+from tilewise.domain.problem import Dtype, Pass, Problem
+from tilewise.domain.trial import Outcome
+from tilewise.kernels import reference
+from tilewise.kernels.backends import BACKENDS as KERNELS
+from tilewise.kernels.call import Call
+from tilewise.layers import session
+from tilewise.tuner.timing import CpuClock
+
+from . import made
+from .test_core import CPU
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = [name for name in BACKENDS if not name.startswith("trinix")]
+TINY = ("--device", "cpu", "--batch", "1", "--seq_len", "24", "--hidden", "64", "--heads", "8", "--num_runs", "3",
+        "--warmup", "0")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing here depends on how long a call takes, and nothing is configured before and after."""
+    monkeypatch.setattr(CpuClock, "_CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(core_row, "FINAL_SECONDS", 0.1)
+    monkeypatch.setattr(page_row, "MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr(session, "_settings", None)
+    session._clients.clear()
+    session._changed()
+    yield
+    session._clients.clear()
+    session._changed()
+
+
+def ended(call: Callable[[], object]) -> int:
+    """Return the exit code of a command."""
+    try:
+        call()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+Bench = Callable[..., int]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    """Run `tilewise bench` of tiny layers, with the report in tmp_path/page.json; return its exit code."""
+
+    def run(*arguments: str) -> int:
+        words = ["tilewise", "bench", *arguments, *TINY, "--output", str(tmp_path / "page.json")]
+        monkeypatch.setattr(sys, "argv", words)
+        return ended(cli.main)
+
+    return run
+
+
+def report_in(folder: Path) -> page_report.PageReport:
+    return page_report.read(folder / "page.json")
+
+
+# rows
+
+
+def test_the_rows_are_those_of_the_page() -> None:
+    found = specs(Chosen())
+    assert len(found) == 32
+    assert {spec.pass_: sum(each.pass_ is spec.pass_ for each in found) for spec in found} == dict.fromkeys(Pass, 16)
+    assert [spec.model for spec in found if spec.layer == "mla"] == ["deepseek_v3"] * 2
+    rows = {(spec.model, spec.layer): spec for spec in found}
+    assert rows["deepseek_v3", "gqa"].kv_heads == 8
+    assert rows["llama3_405b", "gqa"].problem.key == "training.fp16.b1.h128.kv8.q2048.k2048.d128.causal"
+    assert rows["llama3_70b", "mqa"].kv_heads == 1
+    assert rows["deepseek_v3", "mla"].problem.head_dim == 192
+    assert rows["deepseek_v3", "mla"].problem.v_head_dim == 128
+    assert (
+        len(specs(Chosen(models=("llama3_70b",), layers=("FastMultiHeadAttention", "mqa"), passes=(Pass.TRAINING,))))
+        == 2
+    )
+
+
+def test_the_sizes_that_the_page_leaves_open() -> None:
+    shapes = {}
+    for spec in specs(Chosen(models=("deepseek_v3",), passes=(Pass.INFERENCE,))):
+        layer = spec.build(torch.device("meta"))
+        shapes[spec.layer] = {name: tuple(weight.shape) for name, weight in layer.named_parameters()}
+    assert shapes["latent"]["kv_down_proj.weight"] == (7168 // 8, 7168)
+    assert shapes["mla"]["q_down_proj.weight"] == (1536, 7168)
+    assert shapes["mla"]["kv_down_proj.weight"] == (512 + 64, 7168)
+    assert shapes["mla"]["v_up_proj.weight"] == (128 * 128, 512)
+    assert not [name for names in shapes.values() for name in names if name.endswith("bias")]
+
+
+def test_sweeps() -> None:
+    by_length = specs(Chosen(sweeps=("seq_len",), passes=(Pass.INFERENCE,)))
+    assert [(spec.seq_len, spec.hidden, spec.layer) for spec in by_length] == [
+        (size, 7168, "mha") for size in (512, 1024, 2048, 4096, 8192, 16384)
+    ]
+    by_width = specs(Chosen(sweeps=("hidden",), passes=(Pass.INFERENCE,)))
+    assert [(spec.hidden, spec.problem.head_dim) for spec in by_width] == [
+        (4096, 32), (7168, 56), (8192, 64), (16384, 128)
+    ]  # fmt: skip
+    short = specs(Chosen(sweeps=("seq_len",), passes=(Pass.INFERENCE,), seq_len=80))
+    assert [spec.seq_len for spec in short] == [20, 40, 80]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (Chosen(models=("gpt",)), "unknown model 'gpt'; expected one of deepseek_v3, llama3_70b, llama3_405b"),
+        (Chosen(layers=("mhsa",)), "--layers: expected some of mha, self, gqa, mqa, latent, mla or .* got 'mhsa'"),
+        (Chosen(sweeps=("heads",)), "--sweep: expected seq_len or hidden, got 'heads'"),
+        (Chosen(hidden=100), "--hidden 100: expected a multiple of the 128 heads"),
+        (Chosen(hidden=96, heads=12), "--heads 12: expected a multiple of the 8 heads of keys and values"),
+    ],
+)
+def test_rows_that_cannot_be(chosen: Chosen, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        specs(chosen)
+
+
+def test_several_values_behind_one_name() -> None:
+    given = ["--models", "a", "b", "--num_runs", "3", "--pass", "training", "core"]
+    assert spread(given) == [
+        "--models",
+        "a",
+        "--models",
+        "b",
+        "--num_runs",
+        "3",
+        "--pass",
+        "training",
+        "--pass",
+        "core",
+    ]
+    assert spread(["core", "--rows", "forward"]) == ["core", "--rows", "forward"]
+
+
+# the plain form
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_baseline_is_attention(causal: bool, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 9, heads, dim, generator=generator) for heads, dim in ((4, 8), (kv_heads, 8), (kv_heads, 6))
+    )
+    problem = Problem(
+        batch=2, heads=4, kv_heads=kv_heads, q_len=9, head_dim=8, v_head_dim=6, dtype=Dtype.FP32, causal=causal
+    )
+    wanted, _ = reference.attention(Call(problem, query, key, value, 0.3))
+    found = baseline.attend(query, key, value, scale=0.3, causal=causal)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_baseline_keeps_what_dropout_leaves() -> None:
+    ones = torch.ones(1, 400, 1, 8)
+    torch.manual_seed(0)
+    found = baseline.attend(ones, ones, ones, scale=1.0, causal=False, dropout=0.25)
+    assert found.std() > 0
+    assert abs(float(found.mean()) - 1) < 0.01
+
+
+# verdicts
+
+
+def timing(ratio: float, spread: float = 0.0) -> Timing:
+    return Timing.of([ratio * 10, ratio * 10 + spread], [10.0, 10.0])
+
+
+def a_row(spec: Spec, auto: float, *, flash: float = 0.4, core: float = 0.1, trinix: float = 1.0) -> PageRow:
+    """Return a row whose cells take these shares of the plain form's 10 ms."""
+    ratios = {"pytorch": 1.0, "triton": 0.5, "flash": flash, "sdpa": 0.5, "triton_default": 0.6, "auto": auto,
+              "trinix_pytorch": trinix}  # fmt: skip
+    cells = tuple(
+        Cell(backend=name, outcome=Outcome.OK, ran=name, layer=timing(ratio), core=timing(core),
+             peak_bytes=int(ratio * 2**30))
+        for name, ratio in ratios.items()
+    )  # fmt: skip
+    return PageRow(
+        spec=spec, cells=cells, reference="pytorch", projection_flops=2 * 10**12, matmul_tflops=1000.0,
+        core_matmul_tflops=800.0, seconds=1.0, run=made.RUN,
+    )  # fmt: skip
+
+
+PAGE = specs(Chosen(passes=(Pass.INFERENCE,)))
+
+
+def claims(rows: list[PageRow]) -> dict[str, tuple[str, bool | None]]:
+    return {each.claim: (each.found, each.met) for each in verdicts(rows)}
+
+
+def test_a_page_that_holds() -> None:
+    found = claims([a_row(spec, 1 / 3, core=0.12) for spec in PAGE])
+    assert found == {
+        "auto over PyTorch, inference, fp16, causal: geomean of 15 rows": ("3.00x", True),
+        "rows with every cell, fp16, causal": ("15", True),
+        "auto of its ceiling, each row, fp16, causal": ("96%", True),
+        "auto slower than the fastest explicit backend, each row, fp16, causal": ("-16.7%", True),
+        "trinix's PyTorch against the baseline, each row, fp16, causal": ("+0.0%", True),
+        "auto against the best of trinix, speed, each row, fp16, causal": ("3.00x, 3.00x on average", True),
+        "auto against the best of trinix, memory, each row, fp16, causal": ("3.00x, 3.00x on average", True),
+    }
+
+
+def test_each_claim_fails_by_its_worst_row() -> None:
+    rows = [a_row(spec, 1 / 3, core=0.12) for spec in PAGE]
+    worst = replace(a_row(PAGE[3], 0.5, flash=0.45, trinix=0.4), spec=PAGE[3])
+    rows[3] = worst
+    found = {each.claim.split(",")[0]: each for each in verdicts(rows)}
+    assert found["auto of its ceiling"].met is False
+    assert found["auto of its ceiling"].worst == PAGE[3].name
+    assert found["auto slower than the fastest explicit backend"].found == "+11.1%"
+    assert found["auto slower than the fastest explicit backend"].met is False
+    assert found["trinix's PyTorch against the baseline"].met is False
+    assert found["auto against the best of trinix"].met is False
+    assert found["auto over PyTorch"].met is True  # of the mean
+
+
+def test_a_page_with_rows_missing_is_open() -> None:
+    rows = [a_row(spec, 1 / 3) for spec in PAGE[:4]]
+    refused = Cell(backend="flash", outcome=Outcome.UNSUPPORTED, message="no")
+    rows[1] = replace(rows[1], cells=tuple(refused if cell.backend == "flash" else cell for cell in rows[1].cells))
+    found = {each.claim: each for each in verdicts(rows)}
+    assert found["auto over PyTorch, inference, fp16, causal: geomean of 4 rows"].met is None
+    filled = found["rows with every cell, fp16, causal"]
+    assert (filled.found, filled.wanted, filled.met, filled.worst) == ("3", "15", False, PAGE[1].name)
+
+
+def test_what_a_row_says() -> None:
+    row = a_row(PAGE[0], 0.25, core=0.1)
+    assert row.ceiling_ms == pytest.approx(2 + 1)
+    assert row.of_ceiling == pytest.approx(3 / 2.5)
+    assert row.core_share == pytest.approx(0.4)
+    assert row.fastest() == "auto"
+    assert row.speedup("auto", over="flash") == pytest.approx(1.6)
+    assert row.core_tflops("auto") == pytest.approx(PAGE[0].problem.forward_flops / 1e9)
+    assert page_report.memory_savings(row) == pytest.approx(0.75)
+    assert Timing.of([1.0, 3.0], [1.0, 2.0]).std_ms == pytest.approx(2**0.5)
+
+
+def test_a_cell_that_does_not_fit_says_what_it_would_need() -> None:
+    row = a_row(replace(PAGE[0], sweep="seq_len"), 0.25)
+    absent = Cell(backend="pytorch", outcome=Outcome.SKIPPED, message="no room", needed_bytes=300 << 30)
+    row = replace(row, cells=(absent, *row.cells[1:]), reference="triton")
+    report = page_report.opened(Path("nowhere"), made.RUN).with_row(row)
+    assert "needs 300 GiB" in page_report.page(report)
+    assert "(307200)" in page_report.page(report)
+    assert page_report.memory_savings(row) == pytest.approx(1 - 0.25 / 300)
+
+
+# from end to end
+
+
+def test_the_command_fills_a_page_and_goes_on_where_it_stopped(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--models", "deepseek_v3", "llama3_70b", "--layers", "mha", "gqa", "--pass", "inference")
+    assert bench(*chosen) == 0
+    said = capsys.readouterr()
+    assert "4 of 4 rows to measure" in said.err
+    assert "auto over PyTorch, inference, fp32, causal: geomean of 4 rows" in said.out
+    assert sorted(path.name for path in tmp_path.glob("page*")) == ["page.json", "page.md", "page.png"]
+    report = report_in(tmp_path)
+    assert [row.spec.layer for row in report.rows] == ["mha", "gqa"] * 2
+    for row in report.rows:
+        outcomes = {cell.backend: cell.outcome for cell in row.cells}
+        assert [name for name, outcome in outcomes.items() if outcome is Outcome.OK] == ["pytorch", "sdpa", "auto"]
+        assert {outcomes[name] for name in ("triton", "flash", "triton_default")} == {Outcome.UNSUPPORTED}
+        for name in ("pytorch", "sdpa", "auto"):
+            cell = row.cell(name)
+            assert cell is not None
+            assert cell.error is not None
+            assert cell.error.worst <= 1
+            assert cell.layer is not None
+            assert cell.core is not None
+            assert cell.layer.samples == cell.core.samples == 3
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("\n| deepseek_v3 | 64, 8, 8, 24, 1 | MultiHeadAttention | ") == 1
+    assert "needs a CUDA device" in text
+    assert "--models deepseek_v3 --models llama3_70b --layers mha --layers gqa" in text
+    assert bench(*chosen, "--pass", "training") == 0  # adds to it, and says so
+    assert "4 of 8 rows to measure" in capsys.readouterr().err
+    report = report_in(tmp_path)
+    assert len(report.rows) == 8
+    errors = [cell.error for row in report.rows[4:] for cell in row.cells if cell.error is not None]
+    assert {error.tensor.partition(".")[0] for error in errors} <= {
+        "out", "d_x", "d_q_proj", "d_k_proj", "d_v_proj", "d_o_proj"
+    }  # fmt: skip
+    assert bench(*chosen, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["verdicts"]) == len(report.verdicts)
+    assert bench("--render") == 0
+    assert report_in(tmp_path).rows == report.rows
+
+
+@pytest.mark.parametrize("layer", ["self", "mqa", "latent", "mla"])
+def test_every_layer_is_checked_with_all_its_gradients(layer: str, bench: Bench, tmp_path: Path) -> None:
+    assert bench("--models", "deepseek_v3", "--layers", layer, "--pass", "training") == 0
+    (row,) = report_in(tmp_path).rows
+    assert [cell.backend for cell in row.cells if cell.outcome is Outcome.OK] == ["pytorch", "sdpa", "auto"]
+    weights = sum(weight.numel() for weight in row.spec.build(CPU).parameters() if weight.dim() == 2)
+    assert row.projection_flops == 6 * 24 * weights
+
+
+def test_sweeps_have_a_table_and_a_plot(bench: Bench, tmp_path: Path) -> None:
+    assert bench("--sweep", "seq_len", "--pass", "inference", "--backends", "pytorch", "auto") == 0
+    assert [row.spec.seq_len for row in report_in(tmp_path).rows] == [6, 12, 24]
+    assert (tmp_path / "page_seq_len.png").exists()
+    assert (
+        "## By seq_len: deepseek_v3 MultiHeadAttention, inference, fp32, causal attention"
+        in (tmp_path / "page.md").read_text()
+    )
+
+
+def test_print_cores(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bench("--print-cores", "--models", "deepseek_v3", "--pass", "inference", "--full") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "inference.fp32.b1.h8.kv8.q24.k24.d8"
+    assert len(lines) == len(set(lines)) == 3  # one head shared by all, and DeepSeek's own besides
+    assert not (tmp_path / "page.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "fp16"), "--dtype: expected float16, bfloat16 or float32, got 'fp16'"),
+        (("--pass", "backward"), "--pass: expected inference or training, got 'backward'"),
+        (("--models", "gpt"), "unknown model 'gpt'"),
+        (("--backends", "pytorch", "cuda"), "--backends: expected some of pytorch, triton, .* got cuda"),
+        (("--trinix", "/nowhere"), "--trinix /nowhere: expected a folder"),
+        (("--cores", "/nowhere.json"), "/nowhere.json is no report of `tilewise bench core`"),
+    ],
+)
+def test_bad_usage(
+    arguments: tuple[str, ...], message: str, bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert bench(*arguments) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert re.search(message, said)
+    assert not (tmp_path / "page.json").exists()
+
+
+def test_the_script_takes_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "page.json"
+    flags = ["--models", "llama3_70b", "--layers", "gqa", "--pass", "inference", *TINY, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["benchmark_attention.py", *flags])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert ended(lambda: runpy.run_path(str(ROOT / "benchmark_attention.py"), run_name="__main__")) == 0
+    assert len(page_report.read(output).rows) == 1
+
+
+# what goes wrong costs a cell
+
+
+def cells_of(folder: Path) -> dict[str, Cell]:
+    (row,) = report_in(folder).rows
+    return {cell.backend: cell for cell in row.cells}
+
+
+ONE = ("--models", "llama3_70b", "--layers", "gqa", "--pass", "inference")
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises", "memory"])
+def test_a_faulty_backend(fault: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sdpa, inner = KERNELS["sdpa"], KERNELS["sdpa"].forward
+
+    def forward(call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if fault == "raises":
+            raise RuntimeError("broken\nin two lines")
+        if fault == "memory":
+            raise torch.OutOfMemoryError("no room")
+        out, lse = inner(call, config)
+        return out * 1.01, lse
+
+    monkeypatch.setattr(sdpa, "forward", forward)
+    assert bench(*ONE) == 0
+    found = cells_of(tmp_path)
+    wanted = {"wrong": Outcome.WRONG_RESULT, "raises": Outcome.FAILED, "memory": Outcome.OUT_OF_RESOURCES}[fault]
+    assert found["sdpa"].outcome is found["auto"].outcome is wanted
+    assert found["sdpa"].layer is None
+    assert "\n" not in found["sdpa"].message
+    assert found["pytorch"].outcome is Outcome.OK
+
+
+def test_a_layer_without_room_is_skipped_and_the_run_goes_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "free_bytes", lambda _: 1 << 20)  # the first layer needs more, the second does not
+    monkeypatch.setattr(page, "needed_bytes", lambda spec: 2 << 20 if spec.layer == "mha" else 1)
+    assert bench("--models", "llama3_70b", "--layers", "mha", "gqa", "--pass", "inference") == 0
+    first, second = report_in(tmp_path).rows
+    assert {cell.outcome for cell in first.cells} == {Outcome.SKIPPED}
+    assert {cell.message for cell in first.cells} == {
+        "the layer and its check need about 0.0 GiB, of which 0.0 GiB are free"
+    }
+    assert second.timing("auto") is not None
+    assert "the layer and its check need" in (tmp_path / "page.md").read_text()
+
+
+def test_a_plain_form_without_room_is_skipped(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_row, "free_bytes", lambda _: 1 << 10)
+    assert bench(*ONE) == 0
+    (row,) = report_in(tmp_path).rows
+    plain = row.cell("pytorch")
+    assert plain is not None
+    assert plain.outcome is Outcome.SKIPPED
+    assert plain.needed_bytes is not None
+    assert plain.needed_bytes > baseline.needed_bytes(1, 8, 24, 24, 4, training=False)
+    assert row.reference == "sdpa"
+    assert row.timing("auto") is not None
+
+
+# answers from cores, and Triton's columns
+
+
+def test_finals_of_cores_become_answers(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiled = Candidate.of("cpu_tiled", forward=Config.of("cpu_tiled", block_q=16, block_k=64, heads_per_chunk=1))
+    key = "inference.fp32.b1.h8.kv8.q24.k24.d8.causal"
+    command = ["tilewise", "bench", "core", "--only", key, "--device", "cpu"]
+    command += ["--backends", "sdpa_math", "--configs", "0", "--output", str(tmp_path / "core.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert ended(cli.main) == 0
+    report = core_report.read(tmp_path / "core.json")
+    (row,) = report.rows
+    others = [entry for entry in row.entries if entry.candidate.backend != "cpu_tiled"]
+    won = replace(others[0], candidate=tiled, measurement=replace(others[0].measurement, ratio=0.5))
+    entries = (won, *(replace(each, measurement=replace(each.measurement, ratio=1.0)) for each in others))
+    core_report.write(report.with_row(replace(row, entries=entries)), tmp_path / "core.json")
+    chosen = ("--models", "deepseek_v3", "--layers", "mha", "--pass", "inference")
+    assert bench(*chosen, "--cores", str(tmp_path / "core.json")) == 0
+    assert cells_of(tmp_path)["auto"].ran == f"{tiled} (exact)"
+    assert (tmp_path / "page.answers.json").exists()
+
+
+def test_an_answer_of_a_final_keeps_what_noise_cannot_tell_apart() -> None:
+    problem = PAGE[0].problem
+    cores = core_report.opened(Path("nowhere"), made.RUN)
+    for ours, plan in ((0.999, "sdpa"), (0.5, "triton")):
+        peers = {"sdpa": 1.0, "flash_cute": 1.2}
+        (answer,) = answers_of(cores.with_row(made.row(problem, ours, peers))).answers
+        assert answer.plan.forward.backend == plan
+        assert answer.evidence is not None
+        assert answer.evidence.finalists[0].candidate == made.OURS
+
+
+def test_tritons_columns(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU in the interpreter; nothing was tuned, and the column of the tuned config says so."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(KERNELS["triton"], "supports", lambda *_: None)
+        monkeypatch.setattr(KERNELS["triton"], "spaces", lambda *_: {})
+    assert bench(*ONE, "--backends", "pytorch", "triton_default", "triton") == 0
+    found = cells_of(tmp_path)
+    assert found["triton_default"].outcome is Outcome.OK
+    assert "tilewise tune --problem inference.fp32.b1.h8.kv8.q24.k24.d8.causal" in found["triton"].message
+
+
+# another library's layers
+
+THEIRS = """
+import warnings
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class FastGroupedQueryAttention(nn.Module):
+    def __init__(self, hidden, heads, kv_heads, bias, causal, kernel_type):
+        super().__init__()
+        self.heads, self.causal, self.kernel_type = heads, causal, kernel_type
+        dim = hidden // heads
+        self.q_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=bias) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(hidden, kv_heads * dim, bias=bias) for _ in range(2))
+
+    def forward(self, x):
+        if self.kernel_type == "triton":
+            warnings.warn("the kernel failed, falling back to PyTorch")
+        q, k, v = (each(x).unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2)
+                   for each in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+"""
+
+
+def test_another_librarys_layers_beside(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder laid out like trinix's wheel: same weights, whole layer only, and what it falls back from is said."""
+    package = tmp_path / "wheel" / "trinix" / "layers" / "attention"
+    package.mkdir(parents=True)
+    for folder in (package.parents[1], package.parent):
+        (folder / "__init__.py").touch()
+    (package / "__init__.py").write_text(THEIRS)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trinix"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        assert bench("--models", "llama3_70b", "--layers", "gqa", "--trinix", str(tmp_path / "wheel")) == 0
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trinix"]:
+            del sys.modules[name]
+    for row in report_in(tmp_path).rows:
+        plain, triton = row.cell("trinix_pytorch"), row.cell("trinix_triton")
+        assert plain is not None
+        assert triton is not None
+        assert plain.outcome is Outcome.OK
+        assert plain.error is not None
+        assert plain.layer is not None
+        assert plain.core is None
+        assert (triton.outcome, "falling back" in triton.message) == (Outcome.FAILED, True)
+    claims = {each.claim.partition(",")[0] for each in report_in(tmp_path).verdicts}
+    assert "trinix's PyTorch against the baseline" in claims
+
+
+# plots
+
+
+def test_the_plots_show_every_timed_cell(tmp_path: Path) -> None:
+    report = page_report.opened(Path("nowhere"), made.RUN)
+    for spec in PAGE:
+        report = report.with_row(a_row(spec, 0.25))
+    for spec in specs(Chosen(sweeps=("hidden",), passes=(Pass.INFERENCE,))):
+        report = report.with_row(a_row(spec, 0.25))
+    drawn = page_plot._bars(page_report.groups_of(report.rows), report.device.name)
+    heights = [patch.get_height() for panel in drawn.axes for patch in panel.patches]  # type: ignore[attr-defined]
+    assert len(heights) == len(PAGE) * 6
+    assert sorted(set(heights)) == pytest.approx([1.0, 1 / 0.6, 2.0, 2.5, 4.0])
+    assert page_plot.draw(report, tmp_path / "page.png") == [tmp_path / "page.png", tmp_path / "page_hidden.png"]
+
+
+def test_lists_of_layers_agree() -> None:
+    assert set(page_specs.LAYERS) == set(page_plot.SHORT)
+    assert set(page_plot.LOOKS) == set(BACKENDS)
+    assert set(OURS) < set(BACKENDS)
