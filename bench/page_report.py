@@ -196,26 +196,31 @@ def _section(rows: list[PageRow]) -> list[str]:
 
 
 def _cores(rows: list[PageRow], columns: Sequence[str]) -> list[str]:
-    kept = [name for name in columns if any(row.timing(name, core=True) is not None for row in rows)]
+    """Return medians of the whole layer and of its core alone, and how far the core is from the matmul rate."""
+    kept = [name for name in columns if any(row.timing(name) is not None for row in rows)]
     if not kept:
         return []
-    heads = ["model", "layer", *(f"{BACKENDS[name]} core ms" for name in kept)]
-    heads += ["auto core", "auto TFLOP/s", "matmul TFLOP/s", "of it", "auto runs"]
-    lines = [f"The attention core alone, median ms; {title_of(rows[0].spec)}:", "", _line(heads)]
+    heads = ["model", "layer", *(f"{BACKENDS[name]} ms" for name in kept)]
+    heads += ["auto's core", "core TFLOP/s", "matmul TFLOP/s", "of it", "auto runs"]
+    lines = [f"Medians of the whole layer / of the attention core alone; {title_of(rows[0].spec)}:", "", _line(heads)]
     lines.append(_line(["---"] * len(heads)))
     for row in rows:
-        rate = row.core_tflops("auto")
-        auto = row.cell("auto")
-        cells = [f"{timing.median_ms:.4f}" if (timing := row.timing(name, core=True)) else "-" for name in kept]
+        rate, auto = row.core_tflops("auto"), row.cell("auto")
         lines.append(
             _line([
-                row.spec.model, LAYERS[row.spec.layer], *cells, _times(row.speedup("auto", core=True)),
-                _rate(rate), _rate(row.core_matmul_tflops or None),
+                row.spec.model, LAYERS[row.spec.layer], *(_medians(row.cell(name)) for name in kept),
+                _times(row.speedup("auto", core=True)), _rate(rate), _rate(row.core_matmul_tflops or None),
                 _percent(rate / row.core_matmul_tflops if rate and row.core_matmul_tflops else None),
                 "-" if auto is None else auto.ran.replace("|", "\\|") or "-",
             ])
         )  # fmt: skip
     return lines
+
+
+def _medians(cell: Cell | None) -> str:
+    if cell is None or cell.layer is None:
+        return "-"
+    return f"{cell.layer.median_ms:.3f} / {'-' if cell.core is None else f'{cell.core.median_ms:.4f}'}"
 
 
 def sweeps_of(rows: Iterable[PageRow]) -> list[list[PageRow]]:
