@@ -549,3 +549,23 @@ def test_lists_of_layers_agree() -> None:
     assert set(page_specs.LAYERS) == set(page_plot.SHORT)
     assert set(page_plot.LOOKS) == set(BACKENDS)
     assert set(OURS) < set(BACKENDS)
+
+
+@pytest.mark.gpu
+def test_a_page_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_row, "MATMUL_SIZE", {"cuda": 512})
+    flags = ["--models", "deepseek_v3", "--batch", "1", "--seq_len", "512", "--hidden", "512", "--heads", "8"]
+    flags += ["--num_runs", "3", "--device", "cuda", "--output", str(tmp_path / "page.json")]
+    monkeypatch.setattr(sys, "argv", ["tilewise", "bench", *flags])
+    assert ended(cli.main) == 0
+    rows = report_in(tmp_path).rows
+    assert len(rows) == 12
+    for row in rows:
+        cells = {cell.backend: cell for cell in row.cells}
+        # nothing was tuned, and FlashAttention 2 has no heads whose values are of another width
+        absent = {"triton", "flash"} if row.spec.layer == "mla" else {"triton"}
+        assert {cells[name].outcome for name in OURS if name not in absent} == {Outcome.OK}
+        plain, auto = cells["pytorch"].peak_bytes, cells["auto"].peak_bytes
+        assert plain is not None
+        assert auto is not None
+        assert auto < plain

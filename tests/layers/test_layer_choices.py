@@ -134,7 +134,7 @@ def test_layers_compile_into_one_graph(form: str, fresh_dynamo: None) -> None:  
     layer = layer_of(form, causal=True, position_method="rope", sliding_window=5)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     real = torch.tensor([[True] * 9, [False] * 2 + [True] * 7])
-    for length in (9, 7, 8):
+    for length in (9, 7):
         x, mask = rows(length), real[:, :length]
         torch.testing.assert_close(compiled(x, attn_mask=mask), layer(x, attn_mask=mask), rtol=1e-5, atol=1e-5)
     with torch.no_grad():

@@ -7,19 +7,19 @@ import torch
 
 from tilewise import KeyValueCache
 from tilewise.domain.config import Candidate
-from tilewise.kernels.backends import BACKENDS
+from tilewise.kernels.backends import BACKENDS, flex
 from tilewise.layers.base import FastAttention
 
 from .forms import EMBED, FORMS, HEADED, HEADS, PLAIN, Attends, alibi, doubled, expected, layer_of, reach, rows
 
-# without a GPU Triton's kernels run in its interpreter, on tensors of the CPU
-KERNELS = ("sdpa", "sdpa_math", "plain", "cpu_tiled", "triton")
+# Without a GPU Triton's kernels run in its interpreter, on tensors of the CPU; test_layers_gpu.py is for a GPU.
+KERNELS = ("sdpa", "sdpa_math", "plain", "cpu_tiled", *(() if torch.cuda.is_available() else ("triton",)))
 TAKES_MASKS = tuple(name for name in KERNELS if name != "cpu_tiled")
 
 
 @pytest.fixture(autouse=True)
 def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
+    if "triton" in KERNELS:
         triton = BACKENDS["triton"]
         monkeypatch.setattr(triton, "supports", lambda *_: None)
         monkeypatch.setattr(triton, "spaces", lambda *_: {})
@@ -72,6 +72,13 @@ def test_self_attention_and_every_gradient(form: str, kernel: str) -> None:
 def test_cross_attention_of_two_tensors(form: str, kernel: str) -> None:
     """The page's "size of tensor a must match the size of tensor b" came from a key taken for a mask."""
     assert_right(on(form, kernel), (rows(5), rows(13, seed=1)), Attends(rope=form == "decoupled"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_tensor_three_times(form: str) -> None:
+    layer, x = layer_of(form, causal=True, position_method="rope"), rows(9)
+    assert torch.equal(tensor(layer(x, x, x)), tensor(layer(x)))
+    assert torch.equal(tensor(layer(x, x)), tensor(layer(x)))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "latent" not in form and form != "decoupled"])
@@ -162,8 +169,10 @@ def test_queries_and_keys_are_normalised_before_they_are_placed(form: str, metho
     assert_right(layer, (rows(7),), Attends(rope=method == "rope"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kernel", TAKES_MASKS)
+# what differs between layers does not differ between kernels here
+@pytest.mark.parametrize(
+    ("form", "kernel"), [*((form, "sdpa") for form in FORMS), ("grouped", "plain"), ("self", "triton")]
+)
 @pytest.mark.parametrize(
     ("options", "lengths"),
     [
@@ -212,6 +221,22 @@ def test_heads_of_56(form: str, kernel: str) -> None:
     options = {"nope_head_dim": 40, "rope_head_dim": 16, "v_head_dim": 56} if form == "decoupled" else {"head_dim": 56}
     assert_right(on(form, kernel, causal=True, position_method="rope", **options), (rows(9),),
                  Attends(mask=reach(9, 9, right=0), rope=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flex_attention_infers(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it has no gradients. The graphs run as they are: inductor's part is tested with the kernels."""
+    monkeypatch.setattr(flex, "compiler", lambda: lambda graph, _: graph)
+    monkeypatch.setattr(BACKENDS["flex_cpu"], "supports", lambda *_: None)
+    flex.program.cache_clear()
+    layer, x = on(form, "flex_cpu", causal=True, sliding_window=4, position_method="rope").eval(), rows(11)
+    mask = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(8)) < 0.8
+    with torch.no_grad():
+        for given in (None, mask):
+            seen = reach(11, 11, left=3, right=0) & (torch.tensor(True) if given is None else given)
+            wanted = expected(layer, doubled(layer), x, x, x, Attends(mask=seen, rope=True))
+            torch.testing.assert_close(tensor(layer(x, attn_mask=given)).double(), wanted, rtol=1e-4, atol=1e-5)
+    flex.program.cache_clear()
 
 
 # caches
