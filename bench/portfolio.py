@@ -27,7 +27,7 @@ def _hopper(block: str, *configs: tuple[Value, ...]) -> Known:
     return tuple(dict(zip(names, config, strict=False)) for config in configs)
 
 
-OTHER_WAY = ("padded", "mask_stages", "dbias", "in_registers")  # tried both ways with the most promising config
+OTHER_WAY = ("one_loop", "padded", "mask_stages", "dbias", "in_registers")  # both ways of the most promising config
 # By kernel, then by the widest head_dim; the most promising first.
 # block_m, block_n, num_warps, num_stages, tma
 KNOWN: dict[str, dict[int, Known]] = {

@@ -182,6 +182,7 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Parameter("tma", (False, True) if tiles.tma else (False,), ordered=False),
             *([Parameter("in_registers", (False, True), ordered=False)] if tiles.tma else []),
             *([Parameter("padded", (False, True), ordered=False)] if tiles.narrow and tiles.tma else []),
+            *([Parameter("one_loop", (False, True), ordered=False)] if _may_visit_at_once(role, tiles) else []),
         ),
         constraints=(
             Constraint("its tiles exceed the shared memory of a block", fits),
@@ -192,6 +193,11 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
         ),
         default=_default(role, tiles),
     )
+
+
+def _may_visit_at_once(role: str, tiles: Tiles) -> bool:
+    """Whether borders and inside may be one loop; of packed sequences it would have to clear every tile."""
+    return role == "forward" and not tiles.packed
 
 
 # (block_m, block_n, num_warps, num_stages) by role, for rows of at most so many bytes.
@@ -225,4 +231,6 @@ def _default(role: str, tiles: Tiles) -> Config:
         sizes["in_registers"] = tma and role != "dkdv" and by_warpgroup(tiles.capability, num_warps, block_m)
     if tiles.narrow and tiles.tma:
         sizes["padded"] = False
+    if _may_visit_at_once(role, tiles):
+        sizes["one_loop"] = False
     return Config.of(f"triton_{role}", tma=tma, **sizes)

@@ -57,11 +57,11 @@ def test_the_cells_are_what_they_are_called(unit: int) -> None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_small(cell: Cell) -> None:
-    """Tiles smaller than a length, in half of the cells by pointers and in half through TMA."""
+    """Tiles smaller than a length; half of the cells by pointers, half through TMA, half in one loop, in all pairs."""
     batch = 3 if cell.feature == "varlen" else 1 + cell.number % 2
     call = random_call(problem_of(cell, unit=SMALL, batch=batch), HERE, seed=cell.number, empty=True)
     tma, in_registers = cell.number // 4 % 2 == 1 and can_use_tma(), cell.number // 8 % 2 == 1
-    chosen = candidate(*TILES[cell.number % 3], tma=tma, in_registers=in_registers)
+    chosen = candidate(*TILES[cell.number % 3], tma=tma, in_registers=in_registers, one_loop=cell.number // 16 % 2 == 1)
     assert_gradients(call, chosen, keep=dropout_mask(call) if call.problem.dropout else None)
 
 
@@ -82,7 +82,9 @@ def ways(problem: Problem, device: Device) -> list[Candidate]:
                 config = spaces["hopper"].default if "hopper" in spaces else spaces["triton"].default
             else:
                 values = spaces["triton"].default.as_dict()
-                flipped = {"tma": not values["tma"], "in_registers": False} if kind == "flipped" else {}
+                flipped = (
+                    {"tma": not values["tma"], "in_registers": False, "one_loop": True} if kind == "flipped" else {}
+                )
                 changed = {name: value for name, value in flipped.items() if name in values}
                 config = Config.of(spaces["triton"].kernel, **{**values, **changed})
             chosen = chosen.with_config(role, config) if config in whole else chosen
