@@ -337,6 +337,7 @@ def test_a_row_on_a_gpu(tmp_path: Path) -> None:
     chosen = core_row.Options(only=(problem,), backends=("sdpa_cudnn", "flex"), configs=2, workers=4)
     said: list[str] = []
     result = core.run(chosen, torch.device("cuda"), tmp_path / "core.json", command="test", tell=said.append)
+    assert result.failed == ()
     (row,) = result.report.rows
     assert {"triton", "flex", "sdpa_cudnn"} <= {entry.candidate.backend for entry in row.entries}
     assert {trial.outcome for trial in row.trials} == {Outcome.OK}
