@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A missing GPU is the one thing that may skip a test. Where there is one, unpinned libraries warn of each other."""
+    """A missing GPU is the one thing that may skip a test. Where one is, unpinned libraries warn of each other."""
     alone = pytest.mark.filterwarnings("default") if has_cuda() else pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
