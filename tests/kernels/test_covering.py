@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tilewise.domain.config import Candidate, Config
+from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.device import Device
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels import device as devices
@@ -68,7 +68,8 @@ def test_small(cell: Cell) -> None:
 def ways(problem: Problem, device: Device) -> list[Candidate]:
     """Return the default, and in half precision every way to load tiles: warp-specialised, through TMA, by pointers.
 
-    Each role takes the default config of its kernel, the other load path its tiles, and what it has not its default.
+    Each role takes the default config of its kernel, the other load path its tiles and one loop, and what it has not
+    its default. With narrow heads the default is through TMA already, so there that way has one loop too.
     """
     default = Triton().default(problem, device)
     if problem.dtype is Dtype.FP32:  # compiles for long
@@ -82,10 +83,12 @@ def ways(problem: Problem, device: Device) -> list[Candidate]:
                 config = spaces["hopper"].default if "hopper" in spaces else spaces["triton"].default
             else:
                 values = spaces["triton"].default.as_dict()
-                flipped = (
-                    {"tma": not values["tma"], "in_registers": False, "one_loop": True} if kind == "flipped" else {}
-                )
-                changed = {name: value for name, value in flipped.items() if name in values}
+                other: dict[str, Value] = {"in_registers": False, "one_loop": True}
+                if kind == "flipped":
+                    other["tma"] = not values["tma"]
+                elif max(problem.head_dim, problem.v_head_dim) > 64:
+                    other = {}
+                changed = {name: value for name, value in other.items() if name in values}
                 config = Config.of(spaces["triton"].kernel, **{**values, **changed})
             chosen = chosen.with_config(role, config) if config in whole else chosen
         found[chosen] = None
