@@ -273,7 +273,6 @@ class FastAttention(nn.Module):
             key, value, mask, spelled = self._with_zero_key(key, value, mask, q_len, slopes)
             if spelled:
                 causal, window, slopes = False, None, None
-        backend = self.kernel_type if isinstance(self.kernel_type, Candidate) else KERNEL_TYPES[self.kernel_type]
         found = attention(
             query,
             key,
@@ -285,7 +284,7 @@ class FastAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
             return_lse=return_lse,
-            backend=backend,
+            backend=_backend(self.kernel_type),
             strict=self.strict,
         )
         return (found, None) if isinstance(found, torch.Tensor) else found
@@ -415,9 +414,17 @@ def check_sizes(**sizes: int | None) -> None:
             raise InputError(f"{name}: expected a whole number of at least 1, got {size!r}")
 
 
-def _check_options(kernel_type: object, dropout: object, sliding_window: object) -> None:
-    if not isinstance(kernel_type, Candidate) and (type(kernel_type) is not str or kernel_type not in KERNEL_TYPES):
+def _backend(kernel_type: object) -> str | Candidate:
+    """Return what `tilewise.attention` calls a kernel_type. Raises InputError for an unknown one."""
+    if isinstance(kernel_type, Candidate):
+        return kernel_type
+    if type(kernel_type) is not str or kernel_type not in KERNEL_TYPES:
         raise InputError(f"kernel_type: expected one of {', '.join(KERNEL_TYPES)}, got {kernel_type!r}")
+    return KERNEL_TYPES[kernel_type]
+
+
+def _check_options(kernel_type: object, dropout: object, sliding_window: object) -> None:
+    _backend(kernel_type)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout!r}")
     if sliding_window is not None and not (type(sliding_window) is int and 1 <= sliding_window <= MAX_WINDOW):

@@ -88,10 +88,13 @@ def page(
     Without a subcommand: attention layers of three models, every backend beside the plain form, as JSON, a Markdown
     page and plots. Rows are kept one by one: the same command goes on where it stopped.
     """
-    if context.invoked_subcommand is not None:
-        return
     from tilewise.domain.errors import SettingsError
 
+    if context.invoked_subcommand is not None:
+        given = words_given(context, (), ())
+        if given:
+            raise SettingsError(f"{given}: expected options of {context.invoked_subcommand} behind its name")
+        return
     if dtype and dtype not in DTYPES:
         raise SettingsError(f"--dtype: expected float16, bfloat16 or float32, got {dtype!r}")
     for name in pass_ or ():

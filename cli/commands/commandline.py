@@ -2,12 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
 
 def words_given(context: typer.Context, command: Sequence[str], untold: Sequence[str]) -> str:
-    """Return `command` with the options that were given, but for those of `untold`."""
+    """Return `command` with the options that were given, but for those of `untold`; of paths their last part."""
     words = list(command)
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -19,5 +20,5 @@ def words_given(context: typer.Context, command: Sequence[str], untold: Sequence
             if isinstance(each, bool):
                 words.append(parameter.opts[0] if each else parameter.secondary_opts[0])
             else:
-                words += [parameter.opts[0], str(each)]
+                words += [parameter.opts[0], each.name if isinstance(each, Path) else str(each)]
     return shlex.join(words)

@@ -22,6 +22,7 @@ from tilewise.domain.config import Candidate, Config
 from tilewise.domain.errors import SettingsError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.trial import Outcome
+from tilewise.kernels import device as devices
 from tilewise.kernels import reference
 from tilewise.kernels.backends import BACKENDS as KERNELS
 from tilewise.kernels.call import Call
@@ -348,6 +349,7 @@ def test_print_cores(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path:
         (("--pass", "backward"), "--pass: expected inference or training, got 'backward'"),
         (("--models", "gpt"), "unknown model 'gpt'"),
         (("--backends", "pytorch", "cuda"), "--backends: expected some of pytorch, triton, .* got cuda"),
+        (("--num_runs", "3", "core"), "--num_runs 3: expected options of core behind its name"),
         (("--trinix", "/nowhere"), "--trinix /nowhere: expected a folder"),
         (("--cores", "/nowhere.json"), "/nowhere.json is no report of `tilewise bench core`"),
     ],
@@ -430,6 +432,60 @@ def test_a_plain_form_without_room_is_skipped(bench: Bench, tmp_path: Path, monk
     assert plain.needed_bytes > baseline.needed_bytes(1, 8, 24, 24, 4, training=False)
     assert row.reference == "sdpa"
     assert row.timing("auto") is not None
+
+
+def test_a_layer_that_runs_out_of_memory_is_skipped(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bounds(_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate too much\nand more")
+
+    monkeypatch.setattr(page_row.Subject, "bounds", bounds)
+    assert bench(*ONE) == 0
+    assert {cell.message for cell in cells_of(tmp_path).values()} == {"tried to allocate too much"}
+
+
+def test_a_row_that_fails_as_a_whole(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bounds(_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(page_row.Subject, "bounds", bounds)
+    assert bench("--models", "llama3_70b", "--layers", "gqa", "mqa", "--pass", "inference") == 1
+    assert capsys.readouterr().err.count("RuntimeError: broken") == 4  # as it happens, and at the end
+    assert not (tmp_path / "page.json").exists()
+
+
+def test_a_backend_that_spoils_the_device_is_not_tried_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forward(*_: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(KERNELS["sdpa"], "forward", forward)
+        broken.setattr(page_row, "usable", lambda _: False)
+        assert bench(*ONE, "--backends", "pytorch", "sdpa") == 1
+    assert f"sdpa left {devices.describe(CPU).name} unusable" in capsys.readouterr().err
+    assert [spoilt.backend for spoilt in report_in(tmp_path).spoilt] == ["sdpa"]
+    assert bench(*ONE, "--backends", "pytorch", "sdpa") == 0
+    found = cells_of(tmp_path)
+    assert found["sdpa"].outcome is Outcome.WORKER_DIED
+    assert "illegal memory access" in found["sdpa"].message
+    assert found["pytorch"].outcome is Outcome.OK
+
+
+def test_no_row_starts_that_would_pass_the_limit(tmp_path: Path) -> None:
+    tiny = Chosen(models=("llama3_70b",), layers=("gqa", "mqa"), passes=(Pass.INFERENCE,), dtype=Dtype.FP32,
+                  batch=1, seq_len=24, hidden=64, heads=8)  # fmt: skip
+    options = page.Options(chosen=tiny, num_runs=1, warmup=0, seconds=0.0)
+    said: list[str] = []
+    result = page.run(options, CPU, tmp_path / "page.json", command="", tell=said.append)
+    assert (len(result.report.rows), result.left, result.failed) == (1, 1, ())
+    result = page.run(options, CPU, tmp_path / "page.json", command="", tell=said.append)
+    assert (len(result.report.rows), result.left) == (2, 0)
+    assert [line for line in said if "to measure" in line][1].startswith("1 of 2 rows")
 
 
 # answers from cores, and Triton's columns

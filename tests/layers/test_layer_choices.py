@@ -115,6 +115,10 @@ def test_a_growing_cache_warns_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_unknown_kernel_type(form: str, kernel_type: object) -> None:
     with pytest.raises(InputError, match="kernel_type: expected one of auto, flash, triton, sdpa, pytorch, got"):
         layer_of(form, kernel_type=kernel_type)
+    layer = layer_of(form)
+    layer.kernel_type = kernel_type  # type: ignore[assignment]
+    with pytest.raises(InputError, match="kernel_type: expected one of"):
+        layer(rows(9))
 
 
 def test_a_candidate_of_an_unknown_backend() -> None:
