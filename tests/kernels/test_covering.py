@@ -102,7 +102,12 @@ def test_the_ways_of_each_cell() -> None:
         problem = problem_of(cell, unit=REAL, batch=2)
         chosen = ways(problem, H200)
         assert chosen[0] == Triton().default(problem, H200)
-        assert len(ways(problem, replace(H200, arch="sm_80"))) == 1
+        loops = (
+            cell.dtype is not Dtype.FP32
+            and cell.feature != "varlen"
+            and max(problem.head_dim, problem.v_head_dim) <= 64
+        )
+        assert len(ways(problem, replace(H200, arch="sm_80"))) == 1 + loops
         forwards = {(config.kernel, config.as_dict().get("tma")) for config in map(Candidate.config, chosen) if config}
         if cell.dtype is Dtype.FP32:
             assert len(forwards) == 1
