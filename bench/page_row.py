@@ -256,14 +256,15 @@ class _Reference(torch.autograd.Function):
 
 def _checked(subject: Subject, name: str, bounds: dict[str, Bound], shared: Shared, spoilt: str | None) -> Cell:
     """Run a backend once and compare; whatever goes wrong is in the cell."""
-    cell = Cell(backend=name, outcome=Outcome.OK)
+    cell, needed = Cell(backend=name, outcome=Outcome.OK), None
     if spoilt is not None:
         return replace(cell, outcome=Outcome.WORKER_DIED, message=f"it left the device unusable: {spoilt}")
     if name in (BASELINE, "trinix_pytorch"):
-        needed, free = _plain_needs(subject), free_bytes(shared.device)
-        if needed > free:
-            reason = f"needs about {gib(needed)}, of which {gib(free)} are free"
-            return replace(cell, outcome=Outcome.SKIPPED, message=reason, needed_bytes=needed + subject.resident_bytes)
+        more, free = _plain_needs(subject), free_bytes(shared.device)
+        needed = more + subject.resident_bytes
+        if more > free:
+            reason = f"needs about {gib(more)}, of which {gib(free)} are free"
+            return replace(cell, outcome=Outcome.SKIPPED, message=reason, needed_bytes=needed)
     try:
         twin, ran = _twin(subject, name, shared)
         found = subject.results(twin)
@@ -273,7 +274,9 @@ def _checked(subject: Subject, name: str, bounds: dict[str, Bound], shared: Shar
         message = (str(raised) if isinstance(raised, UnsupportedError) else lines[0])[:MESSAGE_LIMIT]
         if not usable(shared.device):
             raise SpoiltError(name, message) from raised
-        return replace(cell, outcome=classify(raised), message=message)
+        outcome = classify(raised)
+        short = needed if outcome is Outcome.OUT_OF_RESOURCES else None
+        return replace(cell, outcome=outcome, message=message, needed_bytes=short)
     worst = max(shares, key=shares.__getitem__)
     error = NumericError(worst=shares[worst], tensor=worst, case="the row")
     if error.worst > 1:

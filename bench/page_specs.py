@@ -9,7 +9,7 @@ from tilewise.domain.errors import SettingsError
 from tilewise.domain.models import ModelShape, model_named
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels.call import TORCH_DTYPES
-from tilewise.layers.base import FastAttention, Options
+from tilewise.layers.base import FastAttention
 from tilewise.layers.latent import FastMultiHeadLatentAttention
 from tilewise.layers.multi_head import (
     FastGroupedQueryAttention,
@@ -17,6 +17,7 @@ from tilewise.layers.multi_head import (
     FastMultiHeadSelfAttention,
     FastMultiQueryAttention,
 )
+from tilewise.layers.options import Options
 
 # what --layers takes -> the name on the page
 LAYERS = {

@@ -2,55 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
-from tilewise.domain.problem import MAX_WINDOW
 
 from .attention import attention
 from .checks import check_dense
 from .kv_cache import KeyValueCache
-from .masks import layer_mask, merged, spelled_out
+from .masks import layer_mask, merged, with_zero_key
 from .norms import RMSNorm
+from .options import backend_of, check_options, check_sizes
 from .positions import Placed, Places, Span, as_tensor, positions_of
-from .resolve import KERNEL_TYPES
 from .rope_scaling import Scaling, scaling_of
 
 PositionIds = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Result = torch.Tensor | tuple[torch.Tensor | KeyValueCache, ...]
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that every layer takes: see FastAttention."""
-
-    head_dim: int | None
-    dropout: float
-    bias: bool
-    kernel_type: str | Candidate
-    causal: bool
-    position_method: str | nn.Module
-    max_seq_len: int
-    rope_base: float
-    rope_scaling: Scaling | Mapping[str, Any] | None
-    sliding_window: int | None
-    qk_norm: bool
-    qk_norm_eps: float
-    add_zero_attn: bool
-    batch_first: bool
-    strict: bool
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class SourceOptions(Options, total=False):
-    """Those of the layers that project keys and values each by itself."""
-
-    kdim: int | None
-    vdim: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +111,7 @@ class FastAttention(nn.Module):
             embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
             max_seq_len=max_seq_len,
         )  # fmt: skip
-        _check_options(kernel_type, dropout, sliding_window)
+        check_options(kernel_type, dropout, sliding_window)
         if head_dim is None and embed_dim % num_heads:
             raise InputError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         self.embed_dim, self.num_heads = embed_dim, num_heads
@@ -270,9 +240,9 @@ class FastAttention(nn.Module):
         if q_len == 1 and window is None:  # one query sees all keys, causal or not, and is looked up without
             causal = False
         if self.add_zero_attn:
-            key, value, mask, spelled = self._with_zero_key(key, value, mask, q_len, slopes)
-            if spelled:
-                causal, window, slopes = False, None, None
+            window = window or (-1, 0 if causal else -1)
+            key, value, mask, window = with_zero_key(key, value, mask, q_len, window, slopes)
+            causal, slopes = False, None
         found = attention(
             query,
             key,
@@ -284,38 +254,10 @@ class FastAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
             return_lse=return_lse,
-            backend=_backend(self.kernel_type),
+            backend=backend_of(self.kernel_type),
             strict=self.strict,
         )
         return (found, None) if isinstance(found, torch.Tensor) else found
-
-    def _with_zero_key(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        q_len: int,
-        slopes: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]:
-        """Return keys, values and mask with a zero key before the first, and whether the mask says all now.
-
-        A causal query sees the first key by itself, unless there are more queries than keys. A window or ALiBi would
-        count it as the farthest, so there, and only there, everything that is attended is written into the mask.
-        """
-        window = self.window or (-1, 0 if self.causal else -1)
-        kv_len = key.shape[1]
-        spelled = self.window is not None or slopes is not None or (self.causal and q_len > kv_len + 1)
-        if spelled:
-            reach = spelled_out(q_len, kv_len, window, slopes, key.device)
-            if mask is None or reach is None or reach.dtype is not torch.bool:
-                mask = merged(mask, reach)
-            else:
-                mask = mask & reach if mask.dtype is torch.bool else merged(reach, mask)
-        if mask is not None:
-            seen = mask.new_full((), True) if mask.dtype is torch.bool else mask.new_zeros(())
-            mask = torch.cat((seen.expand(*mask.shape[:-1], 1), mask), -1)
-        key, value = (torch.cat((torch.zeros_like(heads[:, :1]), heads), 1) for heads in (key, value))
-        return key, value, mask, spelled
 
     def _project(self, asked: Asked) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries (batch, q_len, heads, head_dim), keys and values (batch, new, kv_heads, head_dim)."""
@@ -380,6 +322,8 @@ class FastAttention(nn.Module):
     ) -> tuple[Places, Places]:
         if self.positions.slopes(query.device) is not None:
             raise InputError("position_ids: ALiBi counts places in the sequence; leave them out, or use 'rope'")
+        if isinstance(given, tuple) and len(given) != 2:
+            raise InputError(f"position_ids: expected those of queries, or a pair with those of keys, got {len(given)}")
         of_query, key_ids = given if isinstance(given, tuple) else (given, given if alone else None)
         found: list[Places] = [_ids(of_query, query)]
         found.append(of_key if key_ids is None else _ids(key_ids, key))
@@ -405,33 +349,6 @@ class FastAttention(nn.Module):
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", f"num_kv_heads={self.num_kv_heads}"]
         parts += [f"head_dim={self.head_dim}", f"kernel_type={str(self.kernel_type)!r}", f"causal={self.causal}"]
         return ", ".join([*parts, f"position_method={method!r}", f"window={self.window}", f"dropout={self.dropout}"])
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Raise InputError unless each is None or a whole number of at least 1."""
-    for name, size in sizes.items():
-        if size is not None and (type(size) is not int or size < 1):
-            raise InputError(f"{name}: expected a whole number of at least 1, got {size!r}")
-
-
-def _backend(kernel_type: object) -> str | Candidate:
-    """Return what `tilewise.attention` calls a kernel_type. Raises InputError for an unknown one."""
-    if isinstance(kernel_type, Candidate):
-        return kernel_type
-    if type(kernel_type) is not str or kernel_type not in KERNEL_TYPES:
-        raise InputError(f"kernel_type: expected one of {', '.join(KERNEL_TYPES)}, got {kernel_type!r}")
-    return KERNEL_TYPES[kernel_type]
-
-
-def _check_options(kernel_type: object, dropout: object, sliding_window: object) -> None:
-    _backend(kernel_type)
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout!r}")
-    if sliding_window is not None and not (type(sliding_window) is int and 1 <= sliding_window <= MAX_WINDOW):
-        raise InputError(
-            f"sliding_window: expected a whole number from 1 (the position itself) to {MAX_WINDOW}, "
-            f"got {sliding_window!r}"
-        )
 
 
 def _ids(given: object, rows: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ from torch import nn
 
 from tilewise.domain.errors import InputError
 
-from .base import Asked, Attended, FastAttention, Options, check_sizes
+from .base import Asked, Attended, FastAttention
 from .norms import RMSNorm
+from .options import Options, check_sizes
 from .positions import Placed, Places, Positions, as_tensor, rope_of
 
 

@@ -46,20 +46,42 @@ def _four(mask: torch.Tensor, of_batch: bool) -> torch.Tensor:
     return mask[:, None, None] if of_batch else mask[None, None]
 
 
-def merged(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a mask and a bias as one mask; what a bool mask hides is -inf, never a number that is added."""
-    if mask is None or bias is None:
-        return bias if mask is None else mask
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else mask + bias
+def merged(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Return two masks as one; what a bool mask hides is -inf in a bias, never a number that is added."""
+    if one is None or other is None:
+        return other if one is None else one
+    if other.dtype is torch.bool:
+        one, other = other, one
+    if one.dtype is not torch.bool:
+        return one + other
+    return one & other if other.dtype is torch.bool else other.masked_fill(~one, -torch.inf)
 
 
-def spelled_out(
-    q_len: int, kv_len: int, window: tuple[int, int], slopes: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
-    """Return a window and ALiBi as a mask (1, heads or 1, q_len, kv_len): bool without slopes, else float32."""
-    rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
-    reach = allowed(rows, columns, kv_len - q_len, window)
-    if slopes is None:
-        return None if reach is None else reach[None, None]
-    bias = -slopes[:, None, None] * (rows[:, None] + kv_len - q_len - columns).abs()
-    return merged(None if reach is None else reach[None, None], bias[None])
+def with_zero_key(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    q_len: int,
+    window: tuple[int, int],
+    slopes: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, int]]:
+    """Return keys, values and mask with a key of zeros before the first, and the window that is left to the kernel.
+
+    All queries see that key, and ALiBi adds nothing to it. Without a limit to the left it is in reach by itself,
+    unless there are more queries than keys. Elsewhere it would be the farthest key, so there, and only there, window
+    and slopes are written into the mask.
+    """
+    kv_len, device = key.shape[1], key.device
+    if window[0] != -1 or slopes is not None or (window[1] != -1 and q_len > kv_len + 1):
+        rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+        reach = allowed(rows, columns, kv_len - q_len, window)
+        mask = merged(mask, None if reach is None else reach[None, None])
+        if slopes is not None:
+            distance = (rows[:, None] + kv_len - q_len - columns).abs()
+            mask = merged(mask, (-slopes[:, None, None] * distance)[None])
+        window = (-1, -1)
+    if mask is not None:
+        seen = mask.new_full((), True) if mask.dtype is torch.bool else mask.new_zeros(())
+        mask = torch.cat((seen.expand(*mask.shape[:-1], 1), mask), -1)
+    key, value = (torch.cat((torch.zeros_like(heads[:, :1]), heads), 1) for heads in (key, value))
+    return key, value, mask, window

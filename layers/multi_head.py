@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Asked, FastAttention, Options, SourceOptions, check_sizes
+from .base import Asked, FastAttention
+from .options import Options, SourceOptions, check_sizes
 
 
 class FastGroupedQueryAttention(FastAttention):

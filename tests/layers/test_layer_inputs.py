@@ -58,6 +58,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("mask device", {"attn_mask": torch.ones(5, 5, device="meta")}, r"expected it on cpu like query, got .* on meta"),
     ("ids shape", {"position_ids": torch.arange(4)}, r"position_ids: expected integers \(5,\) or \(2, 5\), got \(4,\)"),
     ("ids dtype", {"position_ids": torch.ones(5)}, "position_ids: expected int64 or int32 .* got torch.float32"),
+    ("ids of three", {"position_ids": (torch.arange(5),) * 3}, "expected those of queries, or a pair .* got 3"),
     ("ids list", {"position_ids": [1, 2]}, r"position_ids: expected integers \(5,\) or \(2, 5\), got list"),
 ]
 
