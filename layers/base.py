@@ -229,14 +229,17 @@ class FastAttention(nn.Module):
         mask: torch.Tensor | None = None,
         *,
         return_lse: bool = False,
+        everywhere: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return attention alone, without projections: (batch, q_len, heads, v_head_dim), and the LSE if asked for.
 
-        `mask` has four dimensions, as of `masks.layer_mask`.
+        `mask` has four dimensions, as of `masks.layer_mask`; `everywhere`: it says all, and causal and window nothing.
         """
         query, key, slopes = placed.query, placed.key, placed.slopes
         q_len = query.shape[1]
         mask, causal, window = merged(mask, placed.bias), self.causal, self.window
+        if everywhere:
+            causal, window = False, None
         if q_len == 1 and window is None:  # one query sees all keys, causal or not, and is looked up without
             causal = False
         if self.add_zero_attn:

@@ -21,8 +21,9 @@ class KeyValueCache:
     the latents (batch, length, rank + rope_head_dim) of the latent layer, and int64 positions (batch, length) behind
     them where keys are placed late. To reorder or cut it make a new one of their parts.
 
-    `append` writes into room that it keeps behind the last token, so that a step of decoding does not copy the cache.
-    Two continuations of one cache do not meet: whoever comes second gets a copy.
+    `append` writes into room that it keeps behind the last token, so that a step of decoding does not copy the cache;
+    while gradients are recorded, and in compiled graphs, it copies. Two continuations of one cache do not meet: whoever
+    comes second gets a copy.
     """
 
     def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:

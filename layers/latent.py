@@ -9,6 +9,7 @@ from torch import nn
 from tilewise.domain.errors import InputError
 
 from .base import Asked, Attended, FastAttention
+from .masks import spelled_out
 from .norms import RMSNorm
 from .options import Options, check_sizes
 from .positions import Placed, Places, Positions, as_tensor, rope_of
@@ -230,17 +231,35 @@ class FastMultiHeadLatentAttention(FastAttention):
     def _absorbed(
         self, query: torch.Tensor, latents: torch.Tensor, asked: Asked
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dims, heads = self.dims, self.num_heads
+        """Attend the latents themselves, as the one key and value that all heads share.
+
+        The heads of a query become queries of one head: kernels for shared keys end far below a latent's width, and
+        what is left would repeat the latents for every head.
+        """
+        dims, heads, q_len = self.dims, self.num_heads, query.shape[1]
         up_key = self.k_up_proj.weight.unflatten(0, (heads, dims.nope))
         up_value = self.v_up_proj.weight.unflatten(0, (heads, dims.value))
         plain, rope = query.split((dims.nope, dims.rope), -1)
         inside = torch.cat((torch.einsum("bqhd,hdr->bqhr", plain, up_key), rope), -1)
         shared = latents[:, :, None]
-        placed = Placed(inside, shared, slopes=self.positions.slopes(query.device))
-        found, lse = self.core(placed, shared[..., : dims.rank], asked.mask, return_lse=asked.return_lse)
-        out = torch.einsum("bqhr,hvr->bqhv", found, up_value)
+        placed = Placed(inside.flatten(1, 2).unsqueeze(2), shared)
+        mask = self._mask_of_heads(asked, latents.device)
+        found, lse = self.core(
+            placed, shared[..., : dims.rank], mask, return_lse=asked.return_lse, everywhere=True
+        )  # (batch, q_len * heads, 1, rank)
+        out = torch.einsum("bqhr,hvr->bqhv", found.view(-1, q_len, heads, dims.rank), up_value)
         bias = self.v_up_proj.bias
-        return (out if bias is None else out + bias.unflatten(0, (heads, dims.value))), lse
+        out = out if bias is None else out + bias.unflatten(0, (heads, dims.value))
+        return out, None if lse is None else lse.view(-1, q_len, heads).transpose(1, 2)
+
+    def _mask_of_heads(self, asked: Asked, device: torch.device) -> torch.Tensor | None:
+        """Return who attends whom (batch or 1, 1, q_len * heads, kv_len), a row for every head of a query."""
+        q_len, kv_len = asked.query.shape[1], asked.kv_len
+        window = self.window or (-1, 0 if self.causal and q_len > 1 else -1)
+        mask = spelled_out(asked.mask, q_len, kv_len, window, self.positions.slopes(device), device)
+        if mask is None:
+            return None
+        return mask.expand(-1, self.num_heads, q_len, kv_len).transpose(1, 2).flatten(1, 2).unsqueeze(1)
 
     def extra_repr(self) -> str:
         dims = self.dims

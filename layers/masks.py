@@ -57,6 +57,24 @@ def merged(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor
     return one & other if other.dtype is torch.bool else other.masked_fill(~one, -torch.inf)
 
 
+def spelled_out(
+    mask: torch.Tensor | None,
+    q_len: int,
+    kv_len: int,
+    window: tuple[int, int],
+    slopes: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """Return `mask` with a window and ALiBi's slopes (heads,) written into it; None where all attend all."""
+    rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+    reach = allowed(rows, columns, kv_len - q_len, window)
+    mask = merged(mask, None if reach is None else reach[None, None])
+    if slopes is None:
+        return mask
+    distance = (rows[:, None] + kv_len - q_len - columns).abs()
+    return merged(mask, (-slopes[:, None, None] * distance)[None])
+
+
 def with_zero_key(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -71,15 +89,9 @@ def with_zero_key(
     unless there are more queries than keys. Elsewhere it would be the farthest key, so there, and only there, window
     and slopes are written into the mask.
     """
-    kv_len, device = key.shape[1], key.device
+    kv_len = key.shape[1]
     if window[0] != -1 or slopes is not None or (window[1] != -1 and q_len > kv_len + 1):
-        rows, columns = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
-        reach = allowed(rows, columns, kv_len - q_len, window)
-        mask = merged(mask, None if reach is None else reach[None, None])
-        if slopes is not None:
-            distance = (rows[:, None] + kv_len - q_len - columns).abs()
-            mask = merged(mask, (-slopes[:, None, None] * distance)[None])
-        window = (-1, -1)
+        mask, window = spelled_out(mask, q_len, kv_len, window, slopes, key.device), (-1, -1)
     if mask is not None:
         seen = mask.new_full((), True) if mask.dtype is torch.bool else mask.new_zeros(())
         mask = torch.cat((seen.expand(*mask.shape[:-1], 1), mask), -1)

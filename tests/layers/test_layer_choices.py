@@ -71,7 +71,8 @@ def test_the_answer_runs(form: str, ran: Ran, configured: Callable[..., Path]) -
 
 @pytest.mark.parametrize("form", FORMS)
 def test_one_query_with_a_cache_is_looked_up_as_decoding_is(form: str, asked: list[Problem]) -> None:
-    layer = layer_of(form, causal=True).eval()
+    options = {"absorb": False} if form in ("latent", "decoupled") else {}
+    layer = layer_of(form, causal=True, **options).eval()
     with torch.no_grad():
         _, cache = layer(rows(20), use_cache=True)
         layer(rows(1), past_key_value=cache)
@@ -168,17 +169,33 @@ def test_absorbed_projections_give_the_same(form: str, options: dict[str, object
     assert len(ran) == 6
 
 
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"add_zero_attn": True}, {"causal": False}])
+def test_absorbed_projections_with_masks_and_the_lse(options: dict[str, object], kind: str) -> None:
+    given = {"causal": True, **options}
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, HEADS, 3, 11)
+    mask = torch.rand(shape, generator=generator) < 0.7 if kind == "bool" else torch.randn(shape, generator=generator)
+    found = []
+    for absorb in (True, False):
+        layer = layer_of("decoupled", absorb=absorb, **given).eval()
+        with torch.no_grad():
+            _, cache = layer(rows(8), use_cache=True)
+            found.append(layer(rows(3, seed=1), attn_mask=mask, past_key_value=cache, return_lse=True))
+    for absorbed, expanded in zip(*found, strict=True):
+        torch.testing.assert_close(absorbed, expanded, rtol=1e-4, atol=1e-5)
+
+
 def test_projections_are_absorbed_where_that_is_cheaper(asked: list[Problem]) -> None:
-    """The latents are then attended as one head as wide as a latent."""
+    """The latents are then attended by one head as wide as a latent, whose queries are the heads."""
     layer = layer_of("decoupled", causal=True, kv_rank=48).eval()
     with torch.no_grad():
         _, cache = layer(rows(200), use_cache=True)
         layer(rows(1), past_key_value=cache)
         layer(rows(190), past_key_value=cache)
-    expanded, absorbed = (HEADS, 24, 24), (1, 48 + DECOUPLED["rope_head_dim"], 48)
-    assert [(problem.kv_heads, problem.head_dim, problem.v_head_dim) for problem in asked] == [
-        expanded, absorbed, expanded
-    ]  # fmt: skip
+    width = 48 + DECOUPLED["rope_head_dim"]
+    found = [(each.heads, each.kv_heads, each.q_len, each.head_dim, each.v_head_dim) for each in asked]
+    assert found == [(HEADS, HEADS, 200, 24, 24), (1, 1, HEADS, width, 48), (HEADS, HEADS, 190, 24, 24)]
 
 
 # caches
