@@ -28,7 +28,7 @@ from tilewise.tuner.trying import classify
 
 from . import baseline
 from .core_row import usable
-from .page_records import BACKENDS, BASELINE, Cell, PageRow, Timing
+from .page_records import BASELINE, Cell, PageRow, Timing
 from .page_specs import Spec
 from .records import Run
 from .trinix_layers import TRINIX, Trinix
@@ -370,6 +370,3 @@ def _interleaved(steps: dict[str, Step], shared: Shared) -> dict[str, list[float
 def _give_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-assert {*TRINIX, BASELINE} <= {*BACKENDS}
