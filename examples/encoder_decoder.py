@@ -23,6 +23,7 @@ def main() -> None:
     read = FastMultiHeadSelfAttention(width, heads, causal=True, kernel_type=arguments.kernel, **placed).eval()
     # the encoder may be narrower than the decoder
     across = FastMultiHeadAttention(2 * width, heads, kdim=width, vdim=width, kernel_type=arguments.kernel, **placed)
+    across.eval()
     widen = torch.nn.Linear(width, 2 * width, **placed)
 
     lengths = torch.linspace(arguments.source // 2, arguments.source, arguments.batch, device=arguments.device).long()
@@ -32,7 +33,7 @@ def main() -> None:
 
     def translate(rows: torch.Tensor) -> torch.Tensor:
         memory = encode(rows, attn_mask=real)
-        out: torch.Tensor = across.eval()(widen(read(target)), memory, attn_mask=real)
+        out: torch.Tensor = across(widen(read(target)), memory, attn_mask=real)
         return out
 
     out = translate(source)

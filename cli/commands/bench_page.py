@@ -86,7 +86,9 @@ def page(
     """Measure what this project claims, and write it down.
 
     Without a subcommand: attention layers of three models, every backend beside the plain form, as JSON, a Markdown
-    page and plots. Rows are kept one by one: the same command goes on where it stopped.
+    page and plots. Rows are kept one by one: the same command goes on where it stopped. What auto and Triton run is
+    what was tuned here; --cores takes it from the finals of `tilewise bench core --only KEY`, with the keys that
+    --print-cores prints.
     """
     from tilewise.domain.errors import SettingsError
 
