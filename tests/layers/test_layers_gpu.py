@@ -24,7 +24,7 @@ def on_gpu(form: str, dtype: torch.dtype, **options: Any) -> tuple[FastAttention
 
 def close(found: torch.Tensor, wanted: torch.Tensor | None, dtype: torch.dtype, name: str) -> None:
     assert wanted is not None
-    bound = 64 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    bound = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound, msg=name)
 
 
