@@ -299,6 +299,27 @@ def test_every_kernel_decodes(form: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_cache_does_not_hold_the_zero_key(form: str) -> None:
+    layer = layer_of(form, causal=True, add_zero_attn=True).eval()
+    x = rows(9)
+    with torch.no_grad():
+        _, cache = layer(x[:, :5], use_cache=True)
+        chunk, cache = layer(x[:, 5:8], past_key_value=cache, use_cache=True)
+        last = tensor(layer(x[:, 8:], past_key_value=cache))
+        torch.testing.assert_close(torch.cat((chunk, last), 1), tensor(layer(x))[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_of_another_tensor_are_appended_too(form: str) -> None:
+    layer = layer_of(form, position_method="rope").eval()
+    query, key = rows(4), rows(9, seed=1)
+    with torch.no_grad():
+        _, cache = layer(query, key[:, :6], use_cache=True)
+        found = tensor(layer(query, key[:, 6:], past_key_value=cache))
+        torch.testing.assert_close(found, tensor(layer(query, key)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_positions_of_a_padded_batch_stay_with_its_cache(form: str) -> None:
     """Two sequences, one padded on the left: decoded together they give what each gives alone."""
     layer = layer_of(form, causal=True, position_method="rope").eval()
