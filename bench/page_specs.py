@@ -129,7 +129,7 @@ def specs(chosen: Chosen) -> tuple[Spec, ...]:
         for pass_ in chosen.passes:
             rows = [_spec(shape, layer, pass_, chosen) for layer in layers or defaults]
             for row in rows:
-                found += _swept(row, chosen.sweeps) if chosen.sweeps else [row]
+                found += _swept(row, chosen) if chosen.sweeps else [row]
     return tuple(dict.fromkeys(found))
 
 
@@ -167,14 +167,14 @@ def _spec(shape: ModelShape, layer: str, pass_: Pass, chosen: Chosen) -> Spec:
     )  # fmt: skip
 
 
-def _swept(row: Spec, sweeps: Sequence[str]) -> list[Spec]:
+def _swept(row: Spec, chosen: Chosen) -> list[Spec]:
     """Return the rows of each sweep; a size that was given on the command line is its largest."""
     found = []
-    for sweep in sweeps:
-        most = max(SWEEPS[sweep]) if getattr(row, sweep) in SWEEPS[sweep] else getattr(row, sweep)
+    for sweep in chosen.sweeps:
+        most = getattr(chosen, sweep) or max(SWEEPS[sweep])
         sizes = [size for size in SWEEPS[sweep] if size <= most] or [most // 4, most // 2, most]
         if sweep == "seq_len":
             found += [replace(row, seq_len=size, sweep=sweep) for size in sizes]
         else:
-            found += [replace(row, hidden=size, sweep=sweep) for size in sizes]
+            found += [replace(row, hidden=size, sweep=sweep) for size in sizes if size % row.heads == 0]
     return found

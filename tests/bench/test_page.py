@@ -64,6 +64,10 @@ def test_sweeps() -> None:
     ]  # fmt: skip
     short = specs(Chosen(sweeps=("seq_len",), passes=(Pass.INFERENCE,), seq_len=80))
     assert [spec.seq_len for spec in short] == [20, 40, 80]
+    limited = specs(Chosen(sweeps=("seq_len",), passes=(Pass.INFERENCE,), seq_len=4096))
+    assert [spec.seq_len for spec in limited] == [512, 1024, 2048, 4096]
+    narrow = specs(Chosen(sweeps=("hidden",), passes=(Pass.INFERENCE,), hidden=36, heads=12))
+    assert [spec.hidden for spec in narrow] == [36]
 
 
 @pytest.mark.parametrize(
