@@ -73,6 +73,11 @@ class TrialRepository:
             query = query.where(TrialRow.outcome.in_(list(outcomes)))
         return tuple(_trial(row) for row in self._session.execute(query))
 
+    def newest(self, problem: Problem, device_key: str) -> int:
+        """Return the number of the newest trial of `problem` on a device; 0 where there is none."""
+        query = select(func.max(TrialRow.id)).where(*_about(problem, device_key))
+        return self._session.scalar(query) or 0
+
     def count(self, problem: Problem, device_key: str) -> dict[Outcome, int]:
         """Return how many trials ended in each outcome; an outcome that never came is left out."""
         query = select(TrialRow.outcome, func.count()).where(*_about(problem, device_key)).group_by(TrialRow.outcome)

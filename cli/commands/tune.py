@@ -47,8 +47,12 @@ def tune(
     from ..torch import need_torch
 
     need_torch()
+    from tilewise.tuner.workers import prestart
+
+    prestart()  # it imports torch beside what is imported here
     from tilewise.db.session import Database
     from tilewise.kernels import device as devices
+    from tilewise.tuner.crew import Crew
     from tilewise.tuner.tune import tune as run
 
     from ..progress import watching
@@ -56,7 +60,7 @@ def tune(
 
     where = devices.select(device)
     verdicts = []
-    with Database.open(database_url(db), upgrade=True) as database:
+    with Database.open(database_url(db), upgrade=True) as database, Crew(where) as crew:
         for number, wanted in enumerate(problems, 1):
             with watching(f"[{number}/{len(problems)}] {wanted.key}") as report:
                 try:
@@ -69,6 +73,7 @@ def tune(
                         fresh=fresh,
                         seed=seed,
                         report=report,
+                        crew=crew,
                     )
                 except KeyboardInterrupt:
                     report.stop()

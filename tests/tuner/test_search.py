@@ -78,11 +78,17 @@ def test_the_same_seed_gives_the_same_proposals() -> None:
     assert proposals(3, 40) != proposals(4, 40)
 
 
-def test_asking_alone_changes_nothing_that_was_tried() -> None:
+def test_several_may_be_asked_for_before_the_first_is_told() -> None:
     search = Search(SPACE, seed=0)
     before = search.remaining
-    search.ask()
-    assert search.remaining == before == sum(1 for _ in SPACE)
+    asked = [search.ask() for _ in range(30)]
+    assert None not in asked
+    assert len(set(asked)) == 30
+    assert search.remaining == before - 30 == sum(1 for _ in SPACE) - 30
+    for config in asked:
+        assert config is not None
+        search.tell(config, bowl(config))
+    assert search.ask() not in asked
 
 
 def test_resumes_from_what_was_tried() -> None:
