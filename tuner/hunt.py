@@ -1,12 +1,13 @@
 """Hunt: which space to search next, and with which candidate. A problem has several: of backends, roles and kernels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Trial
 
+from .neighbours import Near, of_kernel
 from .search import Search
 
 Role = tuple[str, str, str]  # backend, role and kernel
@@ -31,11 +32,14 @@ class Hunt:
 
     The space that has had the least time is next, so what compiles for long is tried less often; and the further a
     space's best lies behind the best of all, the less time it gets. A config of one role is tried with the best known
-    configs of the others.
+    configs of the others. What near problems have taught is where each search begins.
     """
 
-    def __init__(self, spaces: Mapping[Role, SearchSpace], *, seed: int) -> None:
-        self._spaces = {key: _Space(Search(space, seed=seed)) for key, space in spaces.items()}
+    def __init__(self, spaces: Mapping[Role, SearchSpace], *, seed: int, near: Sequence[Near] = ()) -> None:
+        self._spaces = {}
+        for key, space in spaces.items():
+            first, neighbours = of_kernel(near, *key)
+            self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
         self._best = float("inf")
 

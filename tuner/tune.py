@@ -30,6 +30,7 @@ from tilewise.kernels.backends import BACKENDS, backend_named
 from .crew import Crew, Pipeline
 from .hunt import Hunt, Role
 from .measuring import Preparation
+from .neighbours import nearest
 from .progress import Progress, Reporter, silent
 from .timing import Final
 from .verdict import Searched, decide
@@ -215,7 +216,7 @@ class _Tuning:
 
     def _search(self, pipeline: Pipeline, spaces: dict[Role, SearchSpace]) -> None:
         """Search the spaces, several candidates at a time where they compile ahead, until a limit of the budget."""
-        hunt = Hunt(spaces, seed=self._seed)
+        hunt = Hunt(spaces, seed=self._seed, near=nearest(self._database, self._problem, self._device))
         for trial in self._tried.values():
             hunt.tell(trial)
         stale = 0
