@@ -1,5 +1,8 @@
 """Tries candidates: checks them, times them, holds the final, and turns whatever happens into Trials."""
 
+import errno
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +12,7 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Pass, Problem
-from tilewise.domain.trial import Measurement, NumericError, Outcome, Stage, Trial
+from tilewise.domain.trial import Measurement, Mode, NumericError, Outcome, Stage, Trial
 
 from .correctness import Checker
 from .limits import Limits
@@ -19,6 +22,9 @@ from .timing import Clock, Final, final, screen
 
 SCREEN_SECONDS = 0.6
 VERIFIED = 4  # times that a finalist's results are looked at again
+ALONE = 15  # calls of the fastest of a final, without the others between
+ALONE_TRIES = 3
+SUSPICIOUS = 1.5  # times as long alone, beside the reference alone: clocks under a power cap make up to 1.3
 # Triton's, and those of torch.compile and the CuTe DSL
 COMPILER_ERRORS = {
     "CompilationError",
@@ -56,6 +62,7 @@ class Bench:
         self.clock = clock
         self.reference = reference
         self.broken = False
+        self._replays: bool | None = None  # not known before the reference was called
         self._job, self._attempt = job, attempt
         self._stage = stage_of(checker.main.call.problem)
 
@@ -73,9 +80,9 @@ class Bench:
             if found.outcome is not Outcome.OK:
                 return found
             enter("measure", limits.measure)
-            steps = self.step(candidate), self.step(self.reference)
-            measurement = screen(self.clock, *steps, best_ratio=best_ratio, seconds=SCREEN_SECONDS)
-            return replace(found, measurement=measurement)
+            (step, mode), (reference, _) = self._timed(candidate), self._timed(self.reference)
+            measurement = screen(self.clock, step, reference, best_ratio=best_ratio, seconds=SCREEN_SECONDS)
+            return replace(found, measurement=replace(measurement, mode=mode))
 
         return self._guarded(candidate, checked_and_screened)
 
@@ -97,9 +104,7 @@ class Bench:
         """Hold the final, then check every finalist again: after all these calls it must still be right."""
         running = candidates[0]
 
-        def watched(candidate: Candidate) -> Step:
-            step = self.step(candidate)
-
+        def watched(candidate: Candidate, step: Step) -> Step:
             def call() -> object:
                 nonlocal running
                 running = candidate
@@ -110,15 +115,23 @@ class Bench:
         held: list[Final] = []
 
         def hold() -> _Found:
+            nonlocal running
             enter("final", limits.measure + 4 * seconds)
-            steps = [watched(candidate) for candidate in candidates]
-            held.append(final(self.clock, steps, rounds=rounds, seconds=seconds, device=self.checker.device))
+            steps, modes = [], []
+            for running in candidates:  # making a step may fail too
+                step, mode = self._timed(running)
+                steps.append(watched(running, step))
+                modes.append(mode)
+            found = final(self.clock, steps, rounds=rounds, seconds=seconds, device=self.checker.device)
+            measured = zip(found.measurements, modes, strict=True)
+            held.append(replace(found, measurements=tuple(replace(each, mode=mode) for each, mode in measured)))
             return _Found(Outcome.OK)
 
         found = self._guarded(self.reference, hold)
         if found.outcome is not Outcome.OK:
             return Judged(None, (replace(found, candidate=running),))
         verified = [self._verify(candidate, enter, limits) for candidate in candidates]
+        verified.append(self._alone(candidates, held[0], enter, limits))
         failures = tuple(trial for trial in verified if trial.outcome is not Outcome.OK)
         return Judged(None if failures else held[0], failures)
 
@@ -133,6 +146,39 @@ class Bench:
             return next((each for each in checks if each.outcome is not Outcome.OK), _Found(Outcome.OK))
 
         return self._guarded(candidate, right)
+
+    def _alone(self, candidates: Sequence[Candidate], held: Final, enter: Enter, limits: Limits) -> Trial:
+        """Look at the fastest alone: it must not owe its time to what the calls of the others leave behind."""
+        timed = zip(candidates, held.measurements, strict=True)
+        candidate, among = min(timed, key=lambda pair: pair[1].ratio or math.inf)
+
+        def looked_at() -> _Found:
+            enter("measure", limits.measure)
+            slower = math.inf
+            for _ in range(ALONE_TRIES):  # the machine may have been busy with something else
+                mine, reference = (self._median_alone(each) for each in (candidate, self.reference))
+                slower = min(slower, mine / reference / (among.ratio or 1.0))
+                if slower <= SUSPICIOUS:
+                    return _Found(Outcome.OK)
+            return _Found(Outcome.FAILED, message=f"alone it takes {slower:.2f} times as long as between others")
+
+        return self._guarded(candidate, looked_at)
+
+    def _median_alone(self, candidate: Candidate) -> float:
+        (times,) = self.clock.interleave([self._timed(candidate)[0]], ALONE)
+        return statistics.median(times)
+
+    def _timed(self, candidate: Candidate) -> tuple[Step, Mode]:
+        """Return what is timed: a call, or its replay where calls of the reference wait for the host.
+
+        A training step is timed as it runs, and so is what cannot be captured.
+        """
+        step = self.step(candidate)
+        if self._replays is None:
+            inference = self.checker.main.call.problem.pass_ is Pass.INFERENCE
+            self._replays = inference and self.clock.launch_bound(self.step(self.reference))
+        replay = self.clock.captured(step) if self._replays else None
+        return (step, Mode.EAGER) if replay is None else (replay, Mode.GRAPH)
 
     def _guarded(self, candidate: Candidate, run: "Callable[[], _Found]") -> Trial:
         """Return what `run` gives or why it did not, timed; notes what may be broken since."""
@@ -201,8 +247,9 @@ def classify(raised: Exception) -> Outcome:
     # Triton compares what it compiled with the device, and launches nothing; inductor passes that on as text
     if "OutOfResources" in kinds or (kinds & COMPILER_ERRORS and "out of resource" in str(raised)):
         return Outcome.INFEASIBLE
-    # torch's allocator on a CPU raises a RuntimeError
-    if "OutOfMemoryError" in kinds or isinstance(raised, MemoryError) or "can't allocate memory" in str(raised):
+    # torch's allocator on a CPU raises a RuntimeError, the system an OSError
+    full = "can't allocate memory" in str(raised) or (isinstance(raised, OSError) and raised.errno == errno.ENOMEM)
+    if "OutOfMemoryError" in kinds or isinstance(raised, MemoryError) or full:
         return Outcome.OUT_OF_RESOURCES
     if kinds & COMPILER_ERRORS or "PassManager::run failed" in str(raised):
         return Outcome.COMPILE_FAILED

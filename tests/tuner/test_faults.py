@@ -34,7 +34,7 @@ FAULTS = {
     "exits": (Outcome.WORKER_DIED, "ended with exit code 3"),
     "hangs": (Outcome.TIMED_OUT, "no end within its time limit (phase check)"),
     "hangs_in_native_code": (Outcome.TIMED_OUT, "no end within its time limit (phase check)"),
-    "allocates_without_end": (Outcome.OUT_OF_RESOURCES, "MemoryError"),
+    "allocates_without_end": (Outcome.OUT_OF_RESOURCES, "Cannot allocate memory"),
     "not_a_number": (Outcome.WRONG_RESULT, "times the bound"),
     "slightly_wrong": (Outcome.WRONG_RESULT, "out of the case 'masked rows'"),
     "prints_and_raises": (Outcome.COMPILE_FAILED, "PassManager::run failed"),
