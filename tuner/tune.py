@@ -27,11 +27,12 @@ from tilewise.kernels import device as devices
 from tilewise.kernels.backend import Backend
 from tilewise.kernels.backends import BACKENDS, backend_named
 
-from .crew import Crew, Pipeline
+from .crew import Crew, Pipeline, Tried
 from .hunt import Hunt, Role
+from .ledger import Ledger, ratio_of
 from .measuring import Preparation
 from .neighbours import nearest
-from .progress import Progress, Reporter, silent
+from .progress import Reporter, Spent, silent
 from .timing import Final
 from .verdict import Searched, decide
 
@@ -42,17 +43,22 @@ CONTENDER = 1.5
 MAX_FINAL_SECONDS = 60.0
 # The share of the search's seconds that compiling one config of a backend may take.
 AFFORDABLE = 0.5
-# Outcomes of what was not run.
-NOT_TRIED = (Outcome.UNSUPPORTED, Outcome.SKIPPED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The kept answer, what stood before it, and how many trials were taken over from an earlier run."""
+    """The kept answer, what stood before it, and how it came about.
+
+    - resumed: how many trials were taken over from an earlier run.
+    - trials: everything that was tried, of earlier runs too, and what was not, with its reason.
+    - spent: where the seconds of this run went.
+    """
 
     answer: Answer
     previous: Answer | None
     resumed: int
+    trials: tuple[Trial, ...]
+    spent: Spent
 
 
 def tune(
@@ -103,7 +109,7 @@ class _Tuning:
         self._default = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
         self._named = frozenset(backends)
-        self._tried: dict[Candidate, Trial] = {}
+        self._ledger = Ledger(self._default, self._default_of)
         self._newest = 0  # number of the newest trial in the database that is known here
         self._start = time.monotonic()
 
@@ -111,7 +117,7 @@ class _Tuning:
         job, attempt = self._open_job()
         pipeline = Pipeline(self._crew, self._preparation(job, attempt))
         try:
-            self._tell("prepare")
+            self._tell("prepare", pipeline)
             resumed = self._resume()
             spaces = self._try_defaults(pipeline)
             self._search(pipeline, spaces)
@@ -127,7 +133,7 @@ class _Tuning:
         self._close_job(
             job, attempt, JobState.SUCCEEDED, verdict.answer.evidence.reason if verdict.answer.evidence else ""
         )
-        self._tell("done")
+        self._tell("done", pipeline)
         return verdict
 
     def _preparation(self, job: str, attempt: int) -> Preparation:
@@ -146,8 +152,8 @@ class _Tuning:
 
     def _resume(self) -> int:
         if not self._fresh:
-            self._tried = {trial.candidate: trial for trial in self._kept()}
-        return self._count()
+            self._ledger.add(self._kept())
+        return self._ledger.count
 
     def _kept(self) -> list[Trial]:
         """Return what earlier runs and other tuners have tried."""
@@ -174,23 +180,24 @@ class _Tuning:
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
             candidate = Candidate(name) if reason else backend.default(self._problem, self._device)
-            skipped = self._why_skipped(backend) if reason is None and candidate not in self._tried else None
+            skipped = self._why_skipped(backend) if reason is None and candidate not in self._ledger.trials else None
             if skipped is not None:
-                self._keep(self._refused(candidate, skipped, Outcome.SKIPPED, pipeline))
+                self._keep(Tried(trial=pipeline.trial(candidate, Outcome.SKIPPED, skipped)), pipeline)
                 continue
-            if candidate not in self._tried:
+            if candidate not in self._ledger.trials:
                 if reason is None:
                     pipeline.submit(candidate)
                 else:
-                    self._keep(self._refused(candidate, reason, Outcome.UNSUPPORTED, pipeline))
+                    self._keep(Tried(trial=pipeline.trial(candidate, Outcome.UNSUPPORTED, reason)), pipeline)
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
                     spaces |= {(name, role, kernel.kernel): kernel for kernel in space.by_kernel}
             if candidate == self._default:
                 self._take_all(pipeline)
                 self._start = time.monotonic()
-                if self._tried[candidate].outcome is not Outcome.OK:
-                    message = self._tried[candidate].message
+                self._ledger.begin("search")
+                if self._ledger.trials[candidate].outcome is not Outcome.OK:
+                    message = self._ledger.trials[candidate].message
                     raise TuningError(
                         f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}"
                     )
@@ -199,10 +206,7 @@ class _Tuning:
 
     def _take_all(self, pipeline: Pipeline) -> None:
         while pipeline.pending:
-            self._keep(pipeline.take(best_ratio=self._best_ratio()).trial)
-
-    def _refused(self, candidate: Candidate, reason: str, outcome: Outcome, pipeline: Pipeline) -> Trial:
-        return pipeline.trial(candidate, outcome, reason)
+            self._keep(pipeline.take(best_ratio=self._ledger.best_ratio), pipeline)
 
     def _why_skipped(self, backend: Backend) -> str | None:
         """Return why this budget cannot afford to compile `backend`, which was not asked for by name."""
@@ -217,27 +221,27 @@ class _Tuning:
     def _search(self, pipeline: Pipeline, spaces: dict[Role, SearchSpace]) -> None:
         """Search the spaces, several candidates at a time where they compile ahead, until a limit of the budget."""
         hunt = Hunt(spaces, seed=self._seed, near=nearest(self._database, self._problem, self._device))
-        for trial in self._tried.values():
+        for trial in self._ledger.trials.values():
             hunt.tell(trial)
         stale = 0
         while True:
             if stale >= self._budget.patience or self._seconds_left() <= 0:
                 break
             self._meet(hunt)
-            while self._count() + pipeline.pending < self._budget.trials:
-                candidate = hunt.ask(self._best_of, pipeline.wants)
+            while self._ledger.count + pipeline.pending < self._budget.trials:
+                candidate = hunt.ask(self._ledger.best_of, pipeline.wants)
                 if candidate is None:
                     break
                 pipeline.submit(candidate)
             if not pipeline.pending:
                 return
-            before = self._best_ratio()
-            trial = pipeline.take(best_ratio=before).trial
-            self._keep(trial)
-            hunt.tell(trial)
-            stale = 0 if self._best_ratio() < before else stale + 1
+            before = self._ledger.best_ratio
+            tried = pipeline.take(best_ratio=before)
+            self._keep(tried, pipeline)
+            hunt.tell(tried.trial)
+            stale = 0 if self._ledger.best_ratio < before else stale + 1
         for tried in pipeline.finish():
-            self._keep(tried.trial)
+            self._keep(tried, pipeline)
 
     def _meet(self, hunt: Hunt) -> None:
         """Take over what another tuner of this problem has tried meanwhile."""
@@ -248,28 +252,28 @@ class _Tuning:
         if newest == self._newest:
             return
         for trial in self._kept():
-            if trial.candidate not in self._tried:
-                self._tried[trial.candidate] = trial
+            if trial.candidate not in self._ledger.trials:
+                self._ledger.add([trial])
                 hunt.tell(trial)
 
-    def _best_of(self, backend: str) -> Candidate:
-        """Return the fastest candidate of a backend so far, its default where nothing of it was right yet."""
-        right = [t for t in self._tried.values() if t.candidate.backend == backend and t.outcome is Outcome.OK]
-        if not right:
-            return backend_named(backend).default(self._problem, self._device)
-        return min(right, key=_ratio).candidate
+    def _default_of(self, backend: str) -> Candidate:
+        return backend_named(backend).default(self._problem, self._device)
 
     # the verdict
 
     def _conclude(self, pipeline: Pipeline, job: str, resumed: int) -> Verdict:
         """Hold the final and keep its answer; where another tuner's answer came in between, hold the final again."""
-        self._tell("final")
+        self._ledger.begin("final")
+        self._tell("final", pipeline)
         for _ in range(MAX_SWAPS):
             with self._database.read() as session:
                 previous = AnswerRepository(session).get(self._device.key, self._problem)
             standing, finalists, result = self._final(pipeline, previous)
             searched = Searched(
-                job=job, trials=self._count(), failed=self._failed(), seconds=time.monotonic() - self._start
+                job=job,
+                trials=self._ledger.count,
+                failed=self._ledger.failed,
+                seconds=time.monotonic() - self._start,
             )
             answer = decide(
                 self._problem,
@@ -290,7 +294,13 @@ class _Tuning:
                 refresh_snapshot(self._database)
                 with self._database.read() as session:
                     kept = AnswerRepository(session).get(self._device.key, self._problem)
-                return Verdict(answer=kept or answer, previous=previous, resumed=resumed)
+                return Verdict(
+                    answer=kept or answer,
+                    previous=previous,
+                    resumed=resumed,
+                    trials=tuple(self._ledger.trials.values()),
+                    spent=self._ledger.spent,
+                )
         raise TuningError(
             f"the answer of {self._problem.key} changed {MAX_SWAPS} times while its final was held; "
             "another tuner works on it: let it finish, then run this again"
@@ -308,7 +318,7 @@ class _Tuning:
             if judged.final is not None:
                 return standing, finalists, judged.final
             for trial in judged.failures:
-                self._keep(trial)
+                self._keep(Tried(trial=trial), pipeline)
                 if trial.candidate == self._default:
                     raise TuningError(f"{self._default} fails in the final of {self._problem.key}: {trial.message}")
 
@@ -317,7 +327,7 @@ class _Tuning:
         if previous is None:
             return None
         candidate = previous.plan.forward
-        if candidate not in self._tried:
+        if candidate not in self._ledger.trials:
             try:
                 usable = backend_named(candidate.backend).supports(self._problem, self._device) is None
             except TilewiseError:
@@ -326,20 +336,18 @@ class _Tuning:
                 return None
             pipeline.submit(candidate)
             self._take_all(pipeline)
-        return candidate if self._tried[candidate].outcome is Outcome.OK else None
+        return candidate if self._ledger.trials[candidate].outcome is Outcome.OK else None
 
     def _finalists(self, standing: Candidate | None) -> tuple[Candidate, ...]:
         """Return torch's own choice, the standing answer, defaults, the best few and each backend's near-best one."""
-        right = [trial for trial in self._tried.values() if trial.outcome is Outcome.OK]
-        ranked = sorted(right, key=_ratio)
+        ranked = self._ledger.right
         best = [trial.candidate for trial in ranked[: self._budget.finalists]]
         of_backends = {trial.candidate.backend: trial for trial in reversed(ranked)}.values()
-        best += [trial.candidate for trial in of_backends if _ratio(trial) < CONTENDER * self._best_ratio()]
+        best += [trial.candidate for trial in of_backends if ratio_of(trial) < CONTENDER * ratio_of(ranked[0])]
         defaults = [
             trial.candidate
-            for trial in right
-            if trial.candidate.configs
-            and trial.candidate == backend_named(trial.candidate.backend).default(self._problem, self._device)
+            for trial in ranked
+            if trial.candidate.configs and trial.candidate == self._default_of(trial.candidate.backend)
         ]
         standing_too = [standing] if standing is not None else []
         return tuple(dict.fromkeys([self._default, *standing_too, *defaults, *best]))
@@ -359,43 +367,22 @@ class _Tuning:
         with self._database.write() as session:
             JobRepository(session).finish(job, attempt, state, message=message)
 
-    def _keep(self, trial: Trial) -> None:
+    def _keep(self, tried: Tried, pipeline: Pipeline) -> None:
         with self._database.write() as session:
             number = TrialRepository(session).add(
-                trial, problem=self._problem, device_key=self._device.key, software=self._software
+                tried.trial, problem=self._problem, device_key=self._device.key, software=self._software
             )
         if number == self._newest + 1:  # else another tuner's trials came in between, and are still to be met
             self._newest = number
-        self._tried[trial.candidate] = trial
-        self._tell("search")
+        self._ledger.note(tried)
+        self._tell("search", pipeline)
 
-    def _tell(self, phase: str) -> None:
-        right = [trial for trial in self._tried.values() if trial.outcome is Outcome.OK]
+    def _tell(self, phase: str, pipeline: Pipeline) -> None:
         self._report(
-            Progress(
-                phase=phase,
-                trials=self._count(),
-                failed=self._failed(),
-                total=self._budget.trials,
-                seconds_left=max(0.0, self._seconds_left()),
-                best=min(right, key=_ratio, default=None),
-                baseline=self._tried.get(self._default),
+            self._ledger.progress(
+                phase, total=self._budget.trials, seconds_left=self._seconds_left(), waiting=pipeline.pending
             )
         )
 
-    def _count(self) -> int:
-        return sum(trial.outcome not in NOT_TRIED for trial in self._tried.values())
-
-    def _failed(self) -> int:
-        return sum(trial.outcome not in (Outcome.OK, *NOT_TRIED) for trial in self._tried.values())
-
-    def _best_ratio(self) -> float:
-        return min((_ratio(trial) for trial in self._tried.values()), default=float("inf"))
-
     def _seconds_left(self) -> float:
         return self._budget.seconds - (time.monotonic() - self._start)
-
-
-def _ratio(trial: Trial) -> float:
-    ratio = trial.measurement.ratio if trial.measurement else None
-    return float("inf") if ratio is None else ratio

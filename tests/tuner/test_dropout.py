@@ -20,7 +20,8 @@ from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
 from tilewise.tuner.correctness import Checker
 from tilewise.tuner.crew import Crew
-from tilewise.tuner.tune import NOT_TRIED, tune
+from tilewise.tuner.ledger import NOT_TRIED
+from tilewise.tuner.tune import tune
 
 from .fakes import BUDGET, CPU, Fake, register
 

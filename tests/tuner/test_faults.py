@@ -21,8 +21,9 @@ from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels.device import describe
 from tilewise.tuner import workers
 from tilewise.tuner.crew import Crew
+from tilewise.tuner.ledger import NOT_TRIED
 from tilewise.tuner.printed import MESSAGE_LIMIT
-from tilewise.tuner.tune import NOT_TRIED, Verdict, tune
+from tilewise.tuner.tune import Verdict, tune
 
 from . import killed
 from .fakes import BUDGET, CPU, TINY, seen

@@ -22,9 +22,10 @@ from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels.device import describe
 from tilewise.tuner import tune as tuning
 from tilewise.tuner.crew import Crew, Pipeline
+from tilewise.tuner.ledger import NOT_TRIED
 from tilewise.tuner.progress import Progress
 from tilewise.tuner.trying import Judged
-from tilewise.tuner.tune import NOT_TRIED, Verdict, tune
+from tilewise.tuner.tune import Verdict, tune
 
 from ..domain.examples import answer as an_answer
 from .fakes import BUDGET, CPU, FAST_LIMITS, TINY, seen, set_up_without_sdpa
