@@ -11,7 +11,7 @@ import typer
 from tilewise import __version__
 from tilewise.domain.errors import ConfigError, ProblemError, SettingsError, TilewiseError
 
-from .commands import answer, bench, database, doctor, serve, show, tune
+from .commands import answer, bench, database, doctor, landscape, serve, show, tune
 from .console import err, out
 
 USAGE_ERRORS = (ProblemError, SettingsError, ConfigError)
@@ -45,6 +45,7 @@ app.command("answer")(answer.answer)
 app.command("show")(show.show)
 app.command("serve")(serve.serve)
 app.add_typer(bench.app, name="bench")
+app.add_typer(landscape.app, name="landscape")
 app.add_typer(database.app, name="db")
 
 

@@ -61,23 +61,33 @@ def watching(title: str) -> Iterator[Watcher]:
 def _state(progress: "Progress") -> str:
     if progress.phase == "prepare":
         return "computing the reference"
-    parts = [_best(progress)]
-    if progress.failed:
-        parts.append(f"{progress.failed} failed")
-    parts.append("final" if progress.phase == "final" else f"{progress.seconds_left:.0f} s left")
-    if progress.phase == "done":
-        parts[-1] = "done"
+    counts = (
+        (progress.compiled, "compiled ahead"),
+        (progress.waiting, "on their way"),
+        (progress.infeasible, "infeasible"),
+        (progress.failed, "failed"),
+    )
+    parts = [_best(progress), *(f"{number} {what}" for number, what in counts if number)]
+    parts.append({"final": "final", "done": "done"}.get(progress.phase, f"{progress.seconds_left:.0f} s left"))
     return ", ".join(filter(None, parts))
 
 
 def _best(progress: "Progress") -> str:
-    best, baseline = _ms(progress.best), _ms(progress.baseline)
+    best = _ms(progress.best)
     if progress.best is None or best is None:
         return ""
     found = f"best {progress.best.candidate} {best:.4g} ms"
-    if baseline is None or progress.baseline is None or progress.best.candidate == progress.baseline.candidate:
-        return found
-    return f"{found}, {baseline / best:.2f} times as fast as {progress.baseline.candidate}"
+    against = dict.fromkeys(filter(None, (progress.baseline, progress.default)))
+    for other in against:
+        if other.candidate != progress.best.candidate and (gain := _gain(progress.best, other)) is not None:
+            found += f", {gain:.2f} times as fast as {other.candidate}"
+    return found
+
+
+def _gain(best: "Trial", other: "Trial") -> float | None:
+    """Return how many times as fast as `other` it is, by their ratios to one reference: their times are of two runs."""
+    mine, theirs = (trial.measurement.ratio if trial.measurement else None for trial in (best, other))
+    return theirs / mine if mine and theirs else None
 
 
 def _ms(trial: "Trial | None") -> float | None:

@@ -73,6 +73,17 @@ class TrialRepository:
             query = query.where(TrialRow.outcome.in_(list(outcomes)))
         return tuple(_trial(row) for row in self._session.execute(query))
 
+    def newest(self, problem: Problem, device_key: str) -> int:
+        """Return the number of the newest trial of `problem` on a device; 0 where there is none."""
+        query = select(func.max(TrialRow.id)).where(*_about(problem, device_key))
+        return self._session.scalar(query) or 0
+
+    def tuned(self) -> tuple[tuple[str, Problem], ...]:
+        """Return each device key with each problem that something was right for, in the order of the keys."""
+        columns = TrialRow.device_key, TrialRow.problem_key
+        query = select(*columns).where(TrialRow.outcome == Outcome.OK).distinct().order_by(*columns)
+        return tuple((device_key, Problem.parse(key)) for device_key, key in self._session.execute(query))
+
     def count(self, problem: Problem, device_key: str) -> dict[Outcome, int]:
         """Return how many trials ended in each outcome; an outcome that never came is left out."""
         query = select(TrialRow.outcome, func.count()).where(*_about(problem, device_key)).group_by(TrialRow.outcome)

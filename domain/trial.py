@@ -44,7 +44,8 @@ class Measurement:
       faster. None where nothing else ran beside it.
     - spread: half-width of the central 95% of the ratio over repeats of the same run, as a share of the ratio.
     - clock_mhz, power_w, temperature_c: read during the run where the device tells, never set.
-    - power_state: `settled` (after a warm-up under load), `burst` (cold), or `unknown`.
+    - power_state: `settled` (after a warm-up under load), `shared` (another process computed on the device
+      meanwhile), `burst` (cold), or `unknown`.
     """
 
     median_ms: float

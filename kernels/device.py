@@ -75,15 +75,19 @@ def software(kind: DeviceKind) -> Software:
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """What a device says of itself at one moment; None where it does not tell."""
+    """What a device says of itself at one moment; None where it does not tell.
+
+    `others`: processes that compute on it, beside this one and those of its process group.
+    """
 
     clock_mhz: int | None = None
     power_w: float | None = None
     temperature_c: int | None = None
+    others: int | None = None
 
 
 def telemetry(device: torch.device) -> Telemetry:
-    """Read, never set, the clock, power and temperature of `device`."""
+    """Read, never set, the clock, power and temperature of `device`, and who else computes on it."""
     if device.type != "cuda":
         return Telemetry()
     with _nvml() as nvml:
@@ -95,7 +99,24 @@ def telemetry(device: torch.device) -> Telemetry:
             power = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
         with contextlib.suppress(nvml.NVMLError):
             temperature = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
-        return Telemetry(clock_mhz=clock, power_w=power, temperature_c=temperature)
+        return Telemetry(clock_mhz=clock, power_w=power, temperature_c=temperature, others=_others(nvml, handle))
+
+
+def _others(nvml: Any, handle: Any) -> int | None:
+    try:
+        running = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    except nvml.NVMLError:
+        return None
+    if os.getpid() not in running:  # in a container with numbers of its own, one of them is this process
+        return max(0, len(running) - 1)
+    return sum(not _in_our_group(pid) for pid in running)
+
+
+def _in_our_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _handle(nvml: Any, index: int) -> Any:

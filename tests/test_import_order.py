@@ -15,7 +15,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "client": ({"domain"}, {"httpx", "platformdirs"}),
     "layers": ({"domain", "kernels", "client"}, {"torch"}),
     "db": ({"domain"}, {"sqlalchemy", "alembic"}),
-    "tuner": ({"domain", "kernels", "db"}, {"torch", "optuna"}),
+    "tuner": ({"domain", "kernels", "db"}, {"torch", "optuna", "numpy"}),
     "api": ({"domain", "db"}, {"fastapi", "starlette", "pydantic", "jinja2", "uvicorn"}),
     "bench": ({"domain", "kernels", "layers", "tuner"}, {"torch", "matplotlib"}),
     "cli": (

@@ -71,6 +71,10 @@ class _Drawn:
 class Checker:
     """Fresh random inputs of one seed, their float64 results, and the errors a candidate may have.
 
+    The problem itself is computed twice: with values (and gradient of the result) of the other sign first, of which
+    result and gradient of the values must have the other sign. Both are looked at when both are there. So a candidate
+    that gives what an earlier call gave, or whose calls share a buffer, is wrong.
+
     The cases are the problem itself and small ones of the same kind: lengths that divide by nothing, and, where the
     problem is causal or has a window, first rows that have nothing to attend; of packed sequences, some without
     queries, keys or both. The bound per tensor: RMS and maximum
@@ -83,20 +87,22 @@ class Checker:
     """
 
     def __init__(self, problem: Problem, device: torch.device, *, seed: int) -> None:
-        self._device = devices.describe(device)
+        self.device = device
+        self._described = devices.describe(device)
         calls = {
             name: random_call(of_case, device, seed=seed, empty=of_case is not problem)
-            for name, of_case in _cases(problem).items()
+            for name, of_case in cases_of(problem).items()
         }
         if problem.dropout:
             calls["half dropped"] = replace([*calls.values()][-1], dropout=HALF)
         self.cases = tuple(_case(name, call, seed) for name, call in calls.items())
         self._drawn: dict[tuple[str, str], _Drawn] = {}
+        self._inputs = self._fingerprints()
 
     def main_only(self) -> "Checker":
         """Return a checker of the problem itself alone, on the same tensors."""
         alone = copy.copy(self)
-        alone.cases = self.cases[:1]
+        alone.cases, alone._inputs = self.cases[:1], self._inputs[:1]
         return alone
 
     @property
@@ -109,22 +115,48 @@ class Checker:
 
         Small cases that the backend says it does not support are left out: unequal lengths, for some.
         """
+        return self._worst(candidate, self.cases)
+
+    def recheck(self, candidate: Candidate) -> NumericError:
+        """Return the largest error of another two calls on the problem itself."""
+        return self._worst(candidate, self.cases[:1])
+
+    def intact(self) -> bool:
+        """Return whether the inputs are still what they were: a candidate may have written over them."""
+        return self._fingerprints() == self._inputs
+
+    def _worst(self, candidate: Candidate, cases: tuple[Case, ...]) -> NumericError:
         backend = backend_named(candidate.backend)
         worst = NumericError(worst=-1.0, tensor="", case="")
-        for case in self.cases:
-            if case is not self.main and backend.supports(case.call.problem, self._device) is not None:
+        for case in cases:
+            if case is not self.main and backend.supports(case.call.problem, self._described) is not None:
                 continue
             drawn = self._draw(case, candidate) if case.call.dropout > 0 else None
             with poisoned_empty():
+                mirrored = _mirrored(case, candidate) if case is self.main else {}
                 found = results(case.call, candidate, case.grad_out)
             bounds = case.bounds if drawn is None else drawn.bounds
             shares = {name: bounds[name].share(tensor) for name, tensor in found.items()}
+            for name, tensor in mirrored.items():
+                back = -tensor if name in _NEGATED else tensor
+                shares[f"{name} of negated values"] = bounds[name].share(back)
             if drawn is not None:
                 shares |= {f"dropout by {name}": abs(off) / SIGMAS for name, off in drawn.departures.items()}
             for name, share in shares.items():
                 if not share <= worst.worst:
                     worst = NumericError(worst=share, tensor=name, case=case.name)
         return worst
+
+    def _fingerprints(self) -> tuple[tuple[int, ...], ...]:
+        """Return sums over the bits of the tensors that candidates are given, by case."""
+        return tuple(
+            tuple(
+                int(_bits(tensor).sum(dtype=torch.int64))
+                for tensor in (case.call.query, case.call.key, case.call.value, case.call.mask, case.grad_out)
+                if tensor is not None
+            )
+            for case in self.cases
+        )
 
     def _draw(self, case: Case, candidate: Candidate) -> _Drawn:
         """Return the mask that `candidate` draws for `case`; what is right with it is computed once per mask."""
@@ -156,7 +188,25 @@ def poisoned_empty() -> Iterator[None]:
             filling.fill_uninitialized_memory = fills
 
 
-def _cases(problem: Problem) -> dict[str, Problem]:
+_NEGATED = ("out", "d_value")
+
+
+def _mirrored(case: Case, candidate: Candidate) -> dict[str, torch.Tensor]:
+    """Return the results for values and gradient of the other sign: attention is linear in the values.
+
+    Those of _NEGATED have the other sign; with both negated, the gradients of query, key and mask stay what they are.
+    """
+    call = case.call.with_tensors(case.call.query, case.call.key, -case.call.value)
+    return results(call, candidate, None if case.grad_out is None else -case.grad_out)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype is torch.bool:
+        return tensor
+    return tensor.detach().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def cases_of(problem: Problem) -> dict[str, Problem]:
     """Return the problem and small ones of its kind by name, each only once."""
     q_len, kv_len = min(problem.q_len, RAGGED_Q_LEN), min(problem.kv_len, RAGGED_KV_LEN)
     cases = {"problem": problem, "ragged": _small(problem, q_len, kv_len)}

@@ -30,13 +30,25 @@ class Clock(abc.ABC):
     def settle(self, steps: Sequence[Step]) -> str:
         """Bring the device into the state that a long run has; return its name for Measurement.power_state."""
 
+    def launch_bound(self, step: Step) -> bool:  # noqa: ARG002
+        """Return whether a call keeps the host busy for longer than the device."""
+        return False
+
+    def captured(self, step: Step) -> Step | None:  # noqa: ARG002
+        """Return a step that replays what `step` does on the device, without its host; None where that cannot be."""
+        return None
+
     @abc.abstractmethod
     def peak_memory(self, step: Step) -> int | None:
         """Return the bytes that one call allocates at its peak; None where the device does not tell."""
 
 
 class CpuClock(Clock):
-    """time.perf_counter around each call, after a sweep through more memory than the last-level cache holds."""
+    """Times each call after a sweep through more memory than the last-level cache holds.
+
+    With one thread of torch it is the time that this process ran: other work on the machine then counts only for what
+    it does to caches and clocks. With several it is wall time: how long the slowest of them took.
+    """
 
     _CACHE_BYTES = 64 << 20
 
@@ -45,12 +57,13 @@ class CpuClock(Clock):
 
     def interleave(self, steps: Sequence[Step], rounds: int) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in steps]
+        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         for turn in range(rounds):
             for index in _order(len(steps), turn):
                 self._flush.zero_()
-                start = time.perf_counter()
+                start = now()
                 steps[index]()
-                times[index].append((time.perf_counter() - start) * 1e3)
+                times[index].append((now() - start) * 1e3)
         return times
 
     def settle(self, steps: Sequence[Step]) -> str:
@@ -67,6 +80,7 @@ class CudaClock(Clock):
 
     _CACHE_BYTES = 256 << 20
     _SETTLE_SECONDS = 1.0
+    _CALLS = 20  # to see what a call costs the host, and before one is captured
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -94,6 +108,34 @@ class CudaClock(Clock):
                     step()
                 torch.cuda.synchronize()
         return "settled"
+
+    def launch_bound(self, step: Step) -> bool:
+        with torch.cuda.device(self._device):
+            step()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(self._CALLS):
+                step()
+            host = (time.perf_counter() - start) * 1e3 / self._CALLS
+            torch.cuda.synchronize()
+            # the host is ahead here: what it does is hidden behind the sweep
+            (times,) = self.interleave([step], self._CALLS)
+        return host > statistics.median(times)
+
+    def captured(self, step: Step) -> Step | None:
+        with torch.cuda.device(self._device):
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    step()
+            except RuntimeError:  # it waits for the device, or allocates outside torch
+                return None
+        return graph.replay
 
     def peak_memory(self, step: Step) -> int | None:
         torch.cuda.synchronize(self._device)
@@ -145,6 +187,8 @@ def final(clock: Clock, steps: Sequence[Step], *, rounds: int, seconds: float, d
     once = sum(row[0] for row in clock.interleave(steps, 1))
     rows = clock.interleave(steps, _rounds(rounds, LEAST_ROUNDS, seconds, once))
     reading = telemetry(device)
+    if reading.others:
+        state = "shared"
     again = _measurement(rows[-1], rows[0], state)
     assert again.ratio is not None
     assert again.spread is not None

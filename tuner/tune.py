@@ -1,5 +1,6 @@
 """Tunes one problem on one device: defaults, search, interleaved final, verdict, kept."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tilewise.db.jobs import JobRepository
 from tilewise.db.session import Database
 from tilewise.db.trials import TrialRepository
 from tilewise.domain.answer import Answer
-from tilewise.domain.config import Candidate, Config
+from tilewise.domain.config import Candidate
 from tilewise.domain.device import Device
 from tilewise.domain.errors import TilewiseError, TuningError
 from tilewise.domain.job import Budget, JobState
@@ -26,11 +27,13 @@ from tilewise.kernels import device as devices
 from tilewise.kernels.backend import Backend
 from tilewise.kernels.backends import BACKENDS, backend_named
 
-from .correctness import Checker
-from .progress import Progress, Reporter, silent
-from .search import Search
-from .timing import clock_for, final
-from .trying import Bench
+from .crew import Crew, Pipeline, Tried
+from .hunt import Hunt, Role
+from .ledger import Ledger, ratio_of
+from .measuring import Preparation
+from .neighbours import nearest
+from .progress import Reporter, Spent, silent
+from .timing import Final
 from .verdict import Searched, decide
 
 MAX_SWAPS = 5
@@ -40,17 +43,22 @@ CONTENDER = 1.5
 MAX_FINAL_SECONDS = 60.0
 # The share of the search's seconds that compiling one config of a backend may take.
 AFFORDABLE = 0.5
-# Outcomes of what was not run.
-NOT_TRIED = (Outcome.UNSUPPORTED, Outcome.SKIPPED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The kept answer, what stood before it, and how many trials were taken over from an earlier run."""
+    """The kept answer, what stood before it, and how it came about.
+
+    - resumed: how many trials were taken over from an earlier run.
+    - trials: everything that was tried, of earlier runs too, and what was not, with its reason.
+    - spent: where the seconds of this run went.
+    """
 
     answer: Answer
     previous: Answer | None
     resumed: int
+    trials: tuple[Trial, ...]
+    spent: Spent
 
 
 def tune(
@@ -63,11 +71,13 @@ def tune(
     fresh: bool = False,
     seed: int = 0,
     report: Reporter = silent,
+    crew: Crew | None = None,
 ) -> Verdict:
     """Find the fastest way to compute `problem` on `device`, keep every trial and the answer, and return the verdict.
 
     - backends: only these, beside torch's own choice; empty means every one that supports the problem.
     - fresh: do not resume from trials that an earlier run kept.
+    - crew: of workers to use, of the same device; without one, some are started and ended.
 
     Ends early, with everything finished kept, on KeyboardInterrupt, which is raised again. Raises ConfigError for an
     unknown backend, UnsupportedError or TuningError where nothing can be measured, DatabaseError where nothing can be
@@ -75,15 +85,15 @@ def tune(
     """
     for name in backends:
         backend_named(name)
-    with torch.random.fork_rng(devices=[]):
-        return _Tuning(problem, device, database, budget, backends, fresh=fresh, seed=seed, report=report).run()
+    with contextlib.nullcontext(crew) if crew is not None else Crew(device) as hands:
+        return _Tuning(problem, hands, database, budget, backends, fresh=fresh, seed=seed, report=report).run()
 
 
 class _Tuning:
     def __init__(
         self,
         problem: Problem,
-        device: torch.device,
+        crew: Crew,
         database: Database,
         budget: Budget,
         backends: Sequence[str],
@@ -92,78 +102,111 @@ class _Tuning:
         seed: int,
         report: Reporter,
     ) -> None:
-        self._problem, self._torch_device, self._database = problem, device, database
+        self._problem, self._crew, self._database = problem, crew, database
         self._budget, self._fresh, self._seed, self._report = budget, fresh, seed, report
-        self._device: Device = devices.describe(device)
+        self._device: Device = devices.describe(crew.device)
         self._software: Software = devices.software(self._device.kind)
         self._default = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
         self._named = frozenset(backends)
-        self._tried: dict[Candidate, Trial] = {}
+        self._ledger = Ledger(self._default, self._default_of)
+        self._newest = 0  # number of the newest trial in the database that is known here
         self._start = time.monotonic()
 
     def run(self) -> Verdict:
         job, attempt = self._open_job()
+        pipeline = Pipeline(self._crew, self._preparation(job, attempt))
         try:
-            self._tell("prepare")
-            checker = Checker(self._problem, self._torch_device, seed=self._seed)
-            bench = Bench(checker, clock_for(self._torch_device), self._default, job=job, attempt=attempt)
+            self._tell("prepare", pipeline)
             resumed = self._resume()
-            self._start = time.monotonic()
-            spaces = self._try_defaults(bench)
-            self._search(bench, spaces)
-            verdict = self._conclude(bench, job, resumed)
+            spaces = self._try_defaults(pipeline)
+            self._search(pipeline, spaces)
+            verdict = self._conclude(pipeline, job, resumed)
         except (KeyboardInterrupt, SystemExit):
             self._close_job(job, attempt, JobState.CANCELLED, "interrupted")
             raise
         except Exception as error:
             self._close_job(job, attempt, JobState.FAILED, str(error))
             raise
+        finally:
+            pipeline.abandon()
         self._close_job(
             job, attempt, JobState.SUCCEEDED, verdict.answer.evidence.reason if verdict.answer.evidence else ""
         )
-        self._tell("done")
+        self._tell("done", pipeline)
         return verdict
+
+    def _preparation(self, job: str, attempt: int) -> Preparation:
+        return Preparation(
+            problem=self._problem,
+            device=str(self._crew.device),
+            reference=self._default,
+            seed=self._seed,
+            threads=torch.get_num_threads(),
+            job=job,
+            attempt=attempt,
+            setup=self._crew.setup,
+        )
 
     # what is tried
 
     def _resume(self) -> int:
         if not self._fresh:
-            with self._database.read() as session:
-                kept = TrialRepository(session).finished(self._problem, self._device.key, self._software)
-            self._tried = {
-                trial.candidate: trial
-                for trial in kept
-                if trial.candidate.backend in self._backends
-                # torch's own choice is what everything is compared with: had it failed once, nothing could be tuned
-                and (trial.candidate != self._default or trial.outcome is Outcome.OK)
-            }
-        return sum(trial.outcome not in NOT_TRIED for trial in self._tried.values())
+            self._ledger.add(self._kept())
+        return self._ledger.count
 
-    def _try_defaults(self, bench: Bench) -> dict[tuple[str, str, str], SearchSpace]:
+    def _kept(self) -> list[Trial]:
+        """Return what earlier runs and other tuners have tried."""
+        with self._database.read() as session:
+            trials = TrialRepository(session)
+            self._newest = trials.newest(self._problem, self._device.key)
+            kept = trials.finished(self._problem, self._device.key, self._software)
+        return [
+            trial
+            for trial in kept
+            if trial.candidate.backend in self._backends
+            # torch's own choice is what everything is compared with: had it failed once, nothing could be tuned
+            and (trial.candidate != self._default or trial.outcome is Outcome.OK)
+        ]
+
+    def _try_defaults(self, pipeline: Pipeline) -> dict[Role, SearchSpace]:
         """Try every backend's default, torch's own choice first; return the spaces by backend, role and kernel."""
         names = [
             self._default.backend,
             *(name for name in BACKENDS if name in self._backends - {self._default.backend}),
         ]
-        spaces: dict[tuple[str, str, str], SearchSpace] = {}
+        spaces: dict[Role, SearchSpace] = {}
         for name in names:
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
             candidate = Candidate(name) if reason else backend.default(self._problem, self._device)
-            skipped = self._why_skipped(backend) if reason is None and candidate not in self._tried else None
+            skipped = self._why_skipped(backend) if reason is None and candidate not in self._ledger.trials else None
             if skipped is not None:
-                self._keep(bench.refused(candidate, skipped, Outcome.SKIPPED))
+                self._keep(Tried(trial=pipeline.trial(candidate, Outcome.SKIPPED, skipped)), pipeline)
                 continue
-            if candidate not in self._tried:
-                self._keep(bench.refused(candidate, reason) if reason else self._attempt(bench, candidate))
+            if candidate not in self._ledger.trials:
+                if reason is None:
+                    pipeline.submit(candidate)
+                else:
+                    self._keep(Tried(trial=pipeline.trial(candidate, Outcome.UNSUPPORTED, reason)), pipeline)
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
                     spaces |= {(name, role, kernel.kernel): kernel for kernel in space.by_kernel}
-            if candidate == self._default and self._tried[candidate].outcome is not Outcome.OK:
-                message = self._tried[candidate].message
-                raise TuningError(f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}")
+            if candidate == self._default:
+                self._take_all(pipeline)
+                self._start = time.monotonic()
+                self._ledger.begin("search")
+                if self._ledger.trials[candidate].outcome is not Outcome.OK:
+                    message = self._ledger.trials[candidate].message
+                    raise TuningError(
+                        f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}"
+                    )
+        self._take_all(pipeline)
         return spaces
+
+    def _take_all(self, pipeline: Pipeline) -> None:
+        while pipeline.pending:
+            self._keep(pipeline.take(best_ratio=self._ledger.best_ratio), pipeline)
 
     def _why_skipped(self, backend: Backend) -> str | None:
         """Return why this budget cannot afford to compile `backend`, which was not asked for by name."""
@@ -175,70 +218,62 @@ class _Tuning:
             f"spends at most {most:g} s on that; allow more seconds or name it with --backends"
         )
 
-    def _search(self, bench: Bench, spaces: dict[tuple[str, str, str], SearchSpace]) -> None:
-        """Search every space in turn. A config of one role is tried with the best known configs of the others."""
-        searches = {
-            (name, role, kernel): Search(space, seed=self._seed, tried=self._ratios(name, role))
-            for (name, role, kernel), space in spaces.items()
-        }
-        spent = dict.fromkeys(searches, 0.0)
+    def _search(self, pipeline: Pipeline, spaces: dict[Role, SearchSpace]) -> None:
+        """Search the spaces, several candidates at a time where they compile ahead, until a limit of the budget."""
+        hunt = Hunt(spaces, seed=self._seed, near=nearest(self._database, self._problem, self._device))
+        for trial in self._ledger.trials.values():
+            hunt.tell(trial)
         stale = 0
-        while searches:
-            if self._count() >= self._budget.trials or self._seconds_left() <= 0:
+        while True:
+            if stale >= self._budget.patience or self._seconds_left() <= 0:
+                break
+            self._meet(hunt)
+            while self._ledger.count + pipeline.pending < self._budget.trials:
+                candidate = hunt.ask(self._ledger.best_of, pipeline.wants)
+                if candidate is None:
+                    break
+                pipeline.submit(candidate)
+            if not pipeline.pending:
                 return
-            if stale >= self._budget.patience or not any(search.remaining for search in searches.values()):
-                return
-            # the space that has had least time: what compiles for long is tried less often
-            chosen = min((each for each in searches if searches[each].remaining), key=spent.__getitem__)
-            name, role, _ = chosen
-            config = searches[chosen].ask()
-            assert config is not None, "configs remain"
-            before = self._best_ratio()
-            trial = self._attempt(bench, self._best_of(name).with_config(role, config))
-            self._keep(trial)
-            spent[chosen] += trial.seconds
-            searches[chosen].tell(config, trial.measurement.ratio if trial.measurement else None)
-            stale = 0 if self._best_ratio() < before else stale + 1
+            before = self._ledger.best_ratio
+            tried = pipeline.take(best_ratio=before)
+            self._keep(tried, pipeline)
+            hunt.tell(tried.trial)
+            stale = 0 if self._ledger.best_ratio < before else stale + 1
+        for tried in pipeline.finish():
+            self._keep(tried, pipeline)
 
-    def _best_of(self, backend: str) -> Candidate:
-        """Return the fastest candidate of a backend so far, its default where nothing of it was right yet."""
-        right = [trial for trial in self._of(backend) if trial.outcome is Outcome.OK]
-        if not right:
-            return backend_named(backend).default(self._problem, self._device)
-        return min(right, key=_ratio).candidate
+    def _meet(self, hunt: Hunt) -> None:
+        """Take over what another tuner of this problem has tried meanwhile."""
+        if self._fresh:
+            return
+        with self._database.read() as session:
+            newest = TrialRepository(session).newest(self._problem, self._device.key)
+        if newest == self._newest:
+            return
+        for trial in self._kept():
+            if trial.candidate not in self._ledger.trials:
+                self._ledger.add([trial])
+                hunt.tell(trial)
 
-    def _of(self, backend: str) -> list[Trial]:
-        return [trial for trial in self._tried.values() if trial.candidate.backend == backend]
-
-    def _ratios(self, backend: str, role: str) -> list[tuple[Config, float | None]]:
-        return [
-            (config, trial.measurement.ratio if trial.measurement else None)
-            for trial in self._of(backend)
-            if (config := trial.candidate.config(role)) is not None
-        ]
-
-    def _attempt(self, bench: Bench, candidate: Candidate) -> Trial:
-        return bench.attempt(candidate, best_ratio=self._best_ratio())
+    def _default_of(self, backend: str) -> Candidate:
+        return backend_named(backend).default(self._problem, self._device)
 
     # the verdict
 
-    def _conclude(self, bench: Bench, job: str, resumed: int) -> Verdict:
-        """Run the final and keep its answer; where another tuner's answer came in between, hold the final again."""
-        self._tell("final")
+    def _conclude(self, pipeline: Pipeline, job: str, resumed: int) -> Verdict:
+        """Hold the final and keep its answer; where another tuner's answer came in between, hold the final again."""
+        self._ledger.begin("final")
+        self._tell("final", pipeline)
         for _ in range(MAX_SWAPS):
             with self._database.read() as session:
                 previous = AnswerRepository(session).get(self._device.key, self._problem)
-            standing = self._standing(previous, bench)
-            finalists = self._finalists(standing)
-            result = final(
-                bench.clock,
-                [bench.step(candidate) for candidate in finalists],
-                rounds=self._budget.rounds,
-                seconds=min(MAX_FINAL_SECONDS, self._budget.seconds / 2),
-                device=self._torch_device,
-            )
+            standing, finalists, result = self._final(pipeline, previous)
             searched = Searched(
-                job=job, trials=self._count(), failed=self._failed(), seconds=time.monotonic() - self._start
+                job=job,
+                trials=self._ledger.count,
+                failed=self._ledger.failed,
+                seconds=time.monotonic() - self._start,
             )
             answer = decide(
                 self._problem,
@@ -259,39 +294,60 @@ class _Tuning:
                 refresh_snapshot(self._database)
                 with self._database.read() as session:
                     kept = AnswerRepository(session).get(self._device.key, self._problem)
-                return Verdict(answer=kept or answer, previous=previous, resumed=resumed)
+                return Verdict(
+                    answer=kept or answer,
+                    previous=previous,
+                    resumed=resumed,
+                    trials=tuple(self._ledger.trials.values()),
+                    spent=self._ledger.spent,
+                )
         raise TuningError(
             f"the answer of {self._problem.key} changed {MAX_SWAPS} times while its final was held; "
             "another tuner works on it: let it finish, then run this again"
         )
 
-    def _standing(self, previous: Answer | None, bench: Bench) -> Candidate | None:
+    def _final(
+        self, pipeline: Pipeline, previous: Answer | None
+    ) -> tuple[Candidate | None, tuple[Candidate, ...], Final]:
+        """Return the standing answer, the finalists and their final; who fails in it leaves, and it is held again."""
+        while True:
+            standing = self._standing(previous, pipeline)
+            finalists = self._finalists(standing)
+            seconds = min(MAX_FINAL_SECONDS, self._budget.seconds / 2)
+            judged = pipeline.judge(finalists, rounds=self._budget.rounds, seconds=seconds)
+            if judged.final is not None:
+                return standing, finalists, judged.final
+            for trial in judged.failures:
+                self._keep(Tried(trial=trial), pipeline)
+                if trial.candidate == self._default:
+                    raise TuningError(f"{self._default} fails in the final of {self._problem.key}: {trial.message}")
+
+    def _standing(self, previous: Answer | None, pipeline: Pipeline) -> Candidate | None:
         """Return the standing answer's candidate if it is still right here; it may be of older software."""
         if previous is None:
             return None
         candidate = previous.plan.forward
-        if candidate not in self._tried:
+        if candidate not in self._ledger.trials:
             try:
                 usable = backend_named(candidate.backend).supports(self._problem, self._device) is None
             except TilewiseError:
                 return None
             if not usable:
                 return None
-            self._keep(self._attempt(bench, candidate))
-        return candidate if self._tried[candidate].outcome is Outcome.OK else None
+            pipeline.submit(candidate)
+            self._take_all(pipeline)
+        return candidate if self._ledger.trials[candidate].outcome is Outcome.OK else None
 
     def _finalists(self, standing: Candidate | None) -> tuple[Candidate, ...]:
         """Return torch's own choice, the standing answer, defaults, the best few and each backend's near-best one."""
-        right = [trial for trial in self._tried.values() if trial.outcome is Outcome.OK]
-        ranked = sorted(right, key=_ratio)
+        ranked = self._ledger.right
         best = [trial.candidate for trial in ranked[: self._budget.finalists]]
         of_backends = {trial.candidate.backend: trial for trial in reversed(ranked)}.values()
-        best += [trial.candidate for trial in of_backends if _ratio(trial) < CONTENDER * self._best_ratio()]
+        best += [trial.candidate for trial in of_backends if ratio_of(trial) < CONTENDER * ratio_of(ranked[0])]
         defaults = [
             trial.candidate
-            for trial in right
-            if trial.candidate.configs
-            and trial.candidate == backend_named(trial.candidate.backend).default(self._problem, self._device)
+            for trial in ranked
+            if trial.candidate.configs and trial.candidate == self._default_of(trial.candidate.backend)
         ]
         standing_too = [standing] if standing is not None else []
         return tuple(dict.fromkeys([self._default, *standing_too, *defaults, *best]))
@@ -311,41 +367,22 @@ class _Tuning:
         with self._database.write() as session:
             JobRepository(session).finish(job, attempt, state, message=message)
 
-    def _keep(self, trial: Trial) -> None:
+    def _keep(self, tried: Tried, pipeline: Pipeline) -> None:
         with self._database.write() as session:
-            TrialRepository(session).add(
-                trial, problem=self._problem, device_key=self._device.key, software=self._software
+            number = TrialRepository(session).add(
+                tried.trial, problem=self._problem, device_key=self._device.key, software=self._software
             )
-        self._tried[trial.candidate] = trial
-        self._tell("search")
+        if number == self._newest + 1:  # else another tuner's trials came in between, and are still to be met
+            self._newest = number
+        self._ledger.note(tried)
+        self._tell("search", pipeline)
 
-    def _tell(self, phase: str) -> None:
-        right = [trial for trial in self._tried.values() if trial.outcome is Outcome.OK]
+    def _tell(self, phase: str, pipeline: Pipeline) -> None:
         self._report(
-            Progress(
-                phase=phase,
-                trials=self._count(),
-                failed=self._failed(),
-                total=self._budget.trials,
-                seconds_left=max(0.0, self._seconds_left()),
-                best=min(right, key=_ratio, default=None),
-                baseline=self._tried.get(self._default),
+            self._ledger.progress(
+                phase, total=self._budget.trials, seconds_left=self._seconds_left(), waiting=pipeline.pending
             )
         )
 
-    def _count(self) -> int:
-        return sum(trial.outcome not in NOT_TRIED for trial in self._tried.values())
-
-    def _failed(self) -> int:
-        return sum(trial.outcome not in (Outcome.OK, *NOT_TRIED) for trial in self._tried.values())
-
-    def _best_ratio(self) -> float:
-        return min((_ratio(trial) for trial in self._tried.values()), default=float("inf"))
-
     def _seconds_left(self) -> float:
         return self._budget.seconds - (time.monotonic() - self._start)
-
-
-def _ratio(trial: Trial) -> float:
-    ratio = trial.measurement.ratio if trial.measurement else None
-    return float("inf") if ratio is None else ratio

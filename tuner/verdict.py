@@ -67,7 +67,8 @@ def decide(
             trials=searched.trials,
             failed=searched.failed,
             seconds=searched.seconds,
-            reason=_reason(winner, fastest, incumbent, gain, margin, known=standing in measured),
+            reason=_reason(winner, fastest, incumbent, gain, margin, known=standing in measured)
+            + ("; another process used the device meanwhile" if won.power_state == "shared" else ""),
         ),
     )
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,25 +40,36 @@ def tune(
     backends: Annotated[str, typer.Option(help="Only these, comma-separated, beside torch's own choice.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from trials of an earlier run.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and of the search.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture of the search here; of several problems numbered ones.")
+    ] = None,
     db: Db = None,
     as_json: AsJson = False,
 ) -> None:
     """Find and keep the fastest way to compute attention here; trials of an interrupted run are taken over."""
     problems = _problems(model or [], problem or [], pass_, dtype, causal)
     limits = _budget(budget, trials, seconds)
+    if plot is not None:
+        need_matplotlib(plot)
     from ..torch import need_torch
 
     need_torch()
+    from tilewise.tuner.workers import prestart
+
+    prestart()  # it imports torch beside what is imported here
+    from tilewise.bench.search_plot import plot as draw
     from tilewise.db.session import Database
     from tilewise.kernels import device as devices
+    from tilewise.tuner.crew import Crew
     from tilewise.tuner.tune import tune as run
 
     from ..progress import watching
+    from ..summary import lines
     from ..verdicts import COLUMNS, row
 
     where = devices.select(device)
     verdicts = []
-    with Database.open(database_url(db), upgrade=True) as database:
+    with Database.open(database_url(db), upgrade=True) as database, Crew(where) as crew:
         for number, wanted in enumerate(problems, 1):
             with watching(f"[{number}/{len(problems)}] {wanted.key}") as report:
                 try:
@@ -69,6 +82,7 @@ def tune(
                         fresh=fresh,
                         seed=seed,
                         report=report,
+                        crew=crew,
                     )
                 except KeyboardInterrupt:
                     report.stop()
@@ -79,8 +93,12 @@ def tune(
                     )
                     raise typer.Exit(1) from None
             verdicts.append(verdict)
-            if not as_json and verdict.answer.evidence is not None:
-                out.print(f"{wanted.key}: {verdict.answer.evidence.reason}", markup=False)
+            if not as_json:
+                out.print("\n".join(lines(verdict)), markup=False)
+            if plot is not None:
+                path = plot if len(problems) == 1 else plot.with_stem(f"{plot.stem}-{number}")
+                draw(verdict.answer, verdict.trials, path)
+                err.print(f"written: {path}", markup=False)
     if as_json:
         described = devices.describe(where)
         print_json(
@@ -90,10 +108,24 @@ def tune(
                 "software": devices.software(described.kind),
                 "budget": limits,
                 "answers": [verdict.answer for verdict in verdicts],
+                "spent": [verdict.spent for verdict in verdicts],
+                "outcomes": [dict(Counter(trial.outcome for trial in verdict.trials)) for verdict in verdicts],
             }
         )
     else:
         print_table("", COLUMNS, [row(verdict.answer) for verdict in verdicts])
+
+
+def need_matplotlib(path: Path) -> None:
+    """Raise SettingsError where no picture can be written to `path`, before anything is measured."""
+    import importlib.util
+
+    from tilewise.domain.errors import SettingsError
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SettingsError("--plot needs matplotlib: pip install 'tilewise[bench]'")
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
+        raise SettingsError(f"--plot: expected a .png, .svg or .pdf file in a folder that exists, got {path}")
 
 
 def _problems(models: list[str], keys: list[str], pass_: PassName, dtype: str, causal: bool) -> "list[Problem]":

@@ -52,7 +52,10 @@ def written(home: Path) -> list[str]:
 def test_tune_show_answer(run: Cli, home: Path) -> None:
     assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "5", "--seconds", "20") == 0
     assert f"{KEY}: " in run.out
+    assert re.search(r"  trials: .*\b5 ok\b", run.out)
+    assert re.search(r"  seconds: [\d.]+ to prepare, [\d.]+ to search .*, [\d.]+ for the final\n", run.out)
     assert "5/5 trials" in run.err
+    assert re.search(r"5/5 trials, best \S+ .*, done\n", run.err)
     assert written(home)[-1] == "tilewise.snapshot.json"
 
     assert run("show") == 0
@@ -79,8 +82,19 @@ def test_tune_show_answer(run: Cli, home: Path) -> None:
 def test_tune_json_is_one_document(run: Cli) -> None:
     assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "3", "--json") == 0
     document = json.loads(run.out)
-    assert set(document) == {"answers", "budget", "device", "device_key", "software"}
+    assert set(document) == {"answers", "budget", "device", "device_key", "outcomes", "software", "spent"}
+    (spent,), (outcomes,) = document["spent"], document["outcomes"]
+    assert min(spent["prepare"], spent["search"], spent["final"], spent["measure"]) > 0
+    assert outcomes["ok"] == 4, "the default of every backend is tried"
     assert [item["problem"] for item in document["answers"]] == [KEY]
+
+
+def test_a_picture_of_the_search(run: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "search.png"
+    assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "4", "--plot", str(path)) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert run("tune", "--problem", KEY, "--device", "cpu", "--plot", str(tmp_path / "absent" / "search.png")) == 2
+    assert "expected a .png, .svg or .pdf file in a folder that exists" in run.err
 
 
 def test_a_training_step_with_dropout_is_tuned(run: Cli) -> None:

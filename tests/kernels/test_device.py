@@ -96,8 +96,8 @@ def fake_nvml(**functions: Any) -> Any:
     def refuse(*_: object) -> None:
         raise NVMLError("not supported")
 
-    names = ("DeviceGetClockInfo", "DeviceGetPowerUsage", "DeviceGetTemperature", "DeviceGetEnforcedPowerLimit")
-    refusing: dict[str, Any] = {f"nvml{name}": refuse for name in names}
+    names = ("ClockInfo", "PowerUsage", "Temperature", "EnforcedPowerLimit", "ComputeRunningProcesses")
+    refusing: dict[str, Any] = {f"nvmlDeviceGet{name}": refuse for name in names}
     known = {f"nvml{name}": function for name, function in functions.items()}
     return SimpleNamespace(NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0, **{**refusing, **known})
 

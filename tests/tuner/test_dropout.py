@@ -1,6 +1,7 @@
 """Tuning with dropout: the checker knows a right backend from ones that drop wrongly, and a whole tuning runs."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,14 +14,16 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import reference
-from tilewise.kernels.backends import supporting
+from tilewise.kernels.backends import BACKENDS, supporting
 from tilewise.kernels.backends.triton import Triton
 from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
 from tilewise.tuner.correctness import Checker
-from tilewise.tuner.tune import NOT_TRIED, tune
+from tilewise.tuner.crew import Crew
+from tilewise.tuner.ledger import NOT_TRIED
+from tilewise.tuner.tune import tune
 
-from .fakes import BUDGET, CPU, register
+from .fakes import BUDGET, CPU, Fake, register
 
 FAKE = Candidate("fake")
 PROBLEM = Problem(batch=2, heads=4, kv_heads=2, q_len=48, head_dim=16, dtype=Dtype.FP32, causal=True, dropout=True)
@@ -145,14 +148,20 @@ def test_catches_gradients_of_another_mask(monkeypatch: pytest.MonkeyPatch) -> N
     assert error.tensor in ("d_query", "d_key", "d_value")
 
 
+def unseeded(call: Call) -> Result:
+    return with_mask(call, torch.rand(mask_of(call).shape) >= call.dropout)
+
+
+def set_up_unseeded() -> None:
+    BACKENDS["fake"] = Fake(unseeded)
+
+
 def test_a_backend_that_does_not_know_its_seed_is_unsupported(
     sqlite: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unseeded(call: Call) -> Result:
-        return with_mask(call, torch.rand(mask_of(call).shape) >= call.dropout)
-
     register(monkeypatch, unseeded)
-    tune(PROBLEM, device=CPU, database=sqlite, budget=BUDGET, backends=("fake",))
+    with Crew(CPU, compilers=0, setup=set_up_unseeded) as crew:
+        tune(PROBLEM, device=CPU, database=sqlite, budget=BUDGET, backends=("fake",), crew=crew)
     with sqlite.read() as session:
         (trial,) = [
             trial
@@ -238,11 +247,20 @@ def test_what_is_right_is_computed_once_per_mask(monkeypatch: pytest.MonkeyPatch
 # a whole tuning
 
 
+def set_up_interpreted() -> None:
+    """Give a worker what `triton_device` gives this process."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        Triton.supports = lambda *_: None  # type: ignore[method-assign]
+        Triton.spaces = lambda *_: {}  # type: ignore[method-assign]
+
+
 def test_a_training_step_with_dropout_is_tuned(sqlite: Database, triton_device: torch.device) -> None:
     problem = replace(TRAINING, batch=1, heads=2, q_len=32, kv_len=32)
     budget = dataclasses.replace(BUDGET, trials=4, patience=4)
     backends = ("triton", "plain", "sdpa_math")
-    verdict = tune(problem, device=triton_device, database=sqlite, budget=budget, backends=backends)
+    with Crew(triton_device, compilers=0, setup=set_up_interpreted) as crew:
+        verdict = tune(problem, device=triton_device, database=sqlite, budget=budget, backends=backends, crew=crew)
     device = describe(triton_device)
     with sqlite.read() as session:
         trials = TrialRepository(session).list(problem, device.key)

@@ -10,7 +10,8 @@ import pytest
 
 from tilewise.domain.config import Config, Value
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
-from tilewise.tuner.search import STARTUP_TRIALS, Search
+from tilewise.tuner.search import STARTUP_TRIALS, Method, Search
+from tilewise.tuner.surrogate import Neighbour
 
 SIZES = (16, 32, 64, 128, 256, 512)
 
@@ -45,8 +46,13 @@ def bowl(config: Config) -> float:
     return ratio * (1.0 if config["mode"] == "b" else 1.25) * (1.0 if config["persistent"] else 1.1)
 
 
-def proposals(seed: int, count: int, tried: tuple[tuple[Config, float | None], ...] = ()) -> list[Config]:
-    search = Search(SPACE, seed=seed, tried=tried)
+def proposals(
+    seed: int,
+    count: int,
+    tried: tuple[tuple[Config, float | None], ...] = (),
+    method: Method = Method.SURROGATE,
+) -> list[Config]:
+    search = Search(SPACE, seed=seed, tried=tried, method=method)
     found = []
     for _ in range(count):
         config = search.ask()
@@ -56,14 +62,20 @@ def proposals(seed: int, count: int, tried: tuple[tuple[Config, float | None], .
     return found
 
 
-def test_never_repeats_and_keeps_the_constraints() -> None:
-    found = proposals(0, 120)
-    assert len(set(found)) == 120
+@pytest.fixture(params=[method for method in Method if method is not Method.GP])  # that takes seconds a trial
+def method(request: pytest.FixtureRequest) -> Method:
+    return Method(request.param)
+
+
+def test_never_repeats_and_keeps_the_constraints(method: Method) -> None:
+    found = proposals(0, 60, method=method)
+    assert len(set(found)) == 60
     assert all(config in SPACE for config in found)
 
 
-def test_exhausts_a_small_space() -> None:
-    search = Search(TINY, seed=0)
+@pytest.mark.parametrize("method", Method)
+def test_exhausts_a_small_space(method: Method) -> None:
+    search = Search(TINY, seed=0, method=method)
     found = []
     while (config := search.ask()) is not None:
         search.tell(config, 1.0)
@@ -73,22 +85,28 @@ def test_exhausts_a_small_space() -> None:
     assert search.ask() is None
 
 
-def test_the_same_seed_gives_the_same_proposals() -> None:
-    assert proposals(3, 40) == proposals(3, 40)
-    assert proposals(3, 40) != proposals(4, 40)
+def test_the_same_seed_gives_the_same_proposals(method: Method) -> None:
+    assert proposals(3, 20, method=method) == proposals(3, 20, method=method)
+    assert proposals(3, 20, method=method) != proposals(4, 20, method=method)
 
 
-def test_asking_alone_changes_nothing_that_was_tried() -> None:
-    search = Search(SPACE, seed=0)
+def test_several_may_be_asked_for_before_the_first_is_told(method: Method) -> None:
+    search = Search(SPACE, seed=0, method=method)
     before = search.remaining
-    search.ask()
-    assert search.remaining == before == sum(1 for _ in SPACE)
+    asked = [search.ask() for _ in range(30)]
+    assert None not in asked
+    assert len(set(asked)) == 30
+    assert search.remaining == before - 30 == sum(1 for _ in SPACE) - 30
+    for config in asked:
+        assert config is not None
+        search.tell(config, bowl(config))
+    assert search.ask() not in asked
 
 
 def test_resumes_from_what_was_tried() -> None:
-    first = proposals(1, 30)
+    first = proposals(1, 10)
     tried = tuple((config, bowl(config)) for config in first)
-    later = proposals(1, 30, tried)
+    later = proposals(1, 10, tried)
     assert not set(first) & set(later)
     # what it has learnt is there again: what it proposes now is better than what chance would
     everything = statistics.median(bowl(config) for config in SPACE)
@@ -121,11 +139,37 @@ def test_what_is_told_twice_counts_once_as_tried() -> None:
     assert search.remaining == 2
 
 
-def test_finds_a_good_config_sooner_than_chance() -> None:
-    trials, seeds = 40, 12
+def test_what_is_given_comes_first_as_far_as_it_can_run() -> None:
+    outside = Config.of("bowl", block_m=512, block_n=512, num_warps=4, mode="a", persistent=True)
+    given = [outside, *list(SPACE)[40:43]]
+    search = Search(SPACE, seed=0, first=given, tried=[(given[2], 1.0)])
+    assert [search.ask(), search.ask()] == [given[1], given[3]]
+    assert search.ask() not in given
+
+
+def test_a_neighbour_shows_where_to_look() -> None:
+    """Of another space: one size is not in this one, one is only here."""
+    near = [(config, math.log(1.3 * bowl(config))) for config in random.Random(0).sample(list(SPACE), 60)]
+    strange = (Config.of("bowl", block_m=1024, block_n=32, num_warps=4, mode="b", persistent=True), -0.2)
+    other = (Config.of("bowl", block=3), -5.0)
+    best = min(bowl(config) for config in SPACE)
+    for seed in range(5):
+        search = Search(SPACE, seed=seed, neighbours=[Neighbour((*near, strange, other))])
+        found = []
+        for _ in range(6):
+            config = search.ask()
+            assert config is not None
+            search.tell(config, bowl(config))
+            found.append(bowl(config))
+        assert min(found) < 1.06 * best
+
+
+@pytest.mark.parametrize("method", [Method.TPE, Method.SURROGATE])
+def test_finds_a_good_config_sooner_than_chance(method: Method) -> None:
+    trials, seeds = 30, 6
     every = list(SPACE)
     best = min(bowl(config) for config in every)
-    searched = [min(bowl(config) for config in proposals(seed, trials)) / best for seed in range(seeds)]
+    searched = [min(bowl(config) for config in proposals(seed, trials, method=method)) / best for seed in range(seeds)]
     chance = [min(bowl(config) for config in random.Random(seed).sample(every, trials)) / best for seed in range(200)]
     assert trials > STARTUP_TRIALS
     # half the distance to the best that chance leaves, in the mean of all seeds

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.devices import DeviceRepository
@@ -20,15 +19,16 @@ from tilewise.domain.job import Budget, JobState
 from tilewise.domain.problem import Pass, Problem
 from tilewise.domain.snapshot import Snapshot, path_beside
 from tilewise.domain.trial import Outcome, Trial
-from tilewise.kernels.call import Call
 from tilewise.kernels.device import describe
-from tilewise.tuner import timing
 from tilewise.tuner import tune as tuning
+from tilewise.tuner.crew import Crew, Pipeline
+from tilewise.tuner.ledger import NOT_TRIED
 from tilewise.tuner.progress import Progress
-from tilewise.tuner.tune import NOT_TRIED, Verdict, tune
+from tilewise.tuner.trying import Judged
+from tilewise.tuner.tune import Verdict, tune
 
 from ..domain.examples import answer as an_answer
-from .fakes import BUDGET, CPU, TINY, Computes, register, right
+from .fakes import BUDGET, CPU, FAST_LIMITS, TINY, seen, set_up_without_sdpa
 
 KEY = describe(CPU).key
 SDPA = Candidate("sdpa")
@@ -59,6 +59,15 @@ class Watcher:
         return [name for index, name in enumerate(names) if index == 0 or names[index - 1] != name]
 
 
+@pytest.fixture(autouse=True)
+def hands(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `tuned` use the workers that are there."""
+    monkeypatch.setitem(HANDS, "crew", crew)
+
+
+HANDS: dict[str, Crew] = {}
+
+
 def tuned(
     database: Database,
     problem: Problem = TINY,
@@ -76,6 +85,7 @@ def tuned(
         backends=backends,
         fresh=fresh,
         report=report or Watcher(),
+        crew=HANDS["crew"],
     )
 
 
@@ -222,44 +232,21 @@ def test_an_interrupted_run_keeps_its_trials_and_goes_on_later(database: Databas
     assert {job.job.state for job in jobs(database)} == {JobState.CANCELLED, JobState.SUCCEEDED}
 
 
-def broken(_: Call) -> tuple[torch.Tensor, None]:
-    raise RuntimeError("the kernel is broken")
-
-
-def wrong(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = right(call)
-    return out * 1.01, lse
-
-
-def not_a_number(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = right(call)
-    return out * torch.nan, lse
-
-
-def out_of_memory(_: Call) -> tuple[torch.Tensor, None]:
-    raise torch.OutOfMemoryError("tried to allocate 7 GiB")
-
-
-def no_kernel(_: Call) -> tuple[torch.Tensor, None]:
-    raise RuntimeError("No available kernel. Aborting execution.")
-
-
 @pytest.mark.parametrize(
-    ("computes", "outcome", "message"),
+    ("name", "outcome", "message"),
     [
-        (broken, Outcome.FAILED, "RuntimeError: the kernel is broken"),
-        (wrong, Outcome.WRONG_RESULT, "out of the case"),
-        (not_a_number, Outcome.WRONG_RESULT, "off by 1e+30 times the bound"),
-        (out_of_memory, Outcome.OUT_OF_RESOURCES, "tried to allocate"),
-        (no_kernel, Outcome.UNSUPPORTED, "No available kernel"),
+        ("broken", Outcome.FAILED, "RuntimeError: the kernel is broken"),
+        ("wrong", Outcome.WRONG_RESULT, "out of the case 'problem' is off by"),
+        ("not_a_number", Outcome.WRONG_RESULT, "off by 1e+30 times the bound"),
+        ("out_of_memory", Outcome.OUT_OF_RESOURCES, "tried to allocate"),
+        ("no_kernel", Outcome.UNSUPPORTED, "No available kernel"),
     ],
 )
 def test_a_bad_backend_costs_one_trial_and_never_wins(
-    computes: Computes, outcome: Outcome, message: str, database: Database, monkeypatch: pytest.MonkeyPatch
+    name: str, outcome: Outcome, message: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(monkeypatch, computes)
-    verdict = tuned(database, backends=("fake",))
-    (trial,) = [trial for trial in trials(database) if trial.candidate.backend == "fake"]
+    verdict = tuned(database, backends=seen(monkeypatch, name))
+    (trial,) = [trial for trial in trials(database) if trial.candidate.backend == name]
     assert trial.outcome is outcome
     assert message in trial.message
     assert trial.measurement is None
@@ -281,8 +268,11 @@ def test_an_unknown_backend_leaves_nothing_behind(database: Database) -> None:
 
 
 def test_nothing_is_tuned_where_torchs_own_choice_fails(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        register(patch, broken, name="sdpa")
+    with (
+        Crew(CPU, compilers=1, limits=FAST_LIMITS, setup=set_up_without_sdpa) as crew,
+        monkeypatch.context() as patch,
+    ):
+        patch.setitem(HANDS, "crew", crew)
         with pytest.raises(TuningError, match=r"sdpa fails on .* nothing can be compared: .*the kernel is broken"):
             tuned(database)
     (job,) = jobs(database)
@@ -299,9 +289,9 @@ class AnswerInBetween(Watcher):
     def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         super().__init__()
         self.finals, self.times = 0, times
-        held = timing.final
+        held = Pipeline.judge
 
-        def final(*arguments: Any, **options: Any) -> timing.Final:
+        def judge(*arguments: Any, **options: Any) -> Judged:
             result = held(*arguments, **options)
             self.finals += 1
             if self.finals <= self.times:
@@ -315,7 +305,7 @@ class AnswerInBetween(Watcher):
                     assert answers.replace(theirs, expected_version=version, reason="theirs")
             return result
 
-        monkeypatch.setattr(tuning, "final", final)
+        monkeypatch.setattr(Pipeline, "judge", judge)
 
 
 def test_an_answer_that_came_in_between_repeats_the_final(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,11 +349,3 @@ def test_the_standing_answer_is_in_the_final_of_other_backends(database: Databas
     verdict = tuned(database, backends=("plain",))
     assert verdict.answer.evidence is not None
     assert Candidate("sdpa_math") in [finalist.candidate for finalist in verdict.answer.evidence.finalists]
-
-
-def test_torchs_random_numbers_stay_where_they_were(database: Database) -> None:
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    tuned(database, backends=("plain",))
-    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,31 @@
+"""What is printed of a tuning when it is done."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tilewise.domain.trial import Outcome
+
+if TYPE_CHECKING:
+    from tilewise.tuner.tune import Verdict
+
+
+def lines(verdict: "Verdict") -> list[str]:
+    """Return the reason, what was tried with what outcome, and where the seconds went."""
+    answer, spent = verdict.answer, verdict.spent
+    outcomes = Counter(trial.outcome for trial in verdict.trials)
+    tried = ", ".join(f"{count} {outcome.value.replace('_', ' ')}" for outcome, count in outcomes.most_common())
+    taken = f", {verdict.resumed} of an earlier run" if verdict.resumed else ""
+    found = [
+        f"{answer.problem.key}: {answer.evidence.reason if answer.evidence else ''}",
+        f"  trials: {tried}{taken}",
+        f"  seconds: {spent.prepare:.1f} to prepare, {spent.search:.1f} to search (compiling {spent.compile:.1f} and "
+        f"measuring {spent.measure:.1f}, together), {spent.final:.1f} for the final",
+    ]
+    worst = next((trial for trial in verdict.trials if trial.outcome in BAD), None)
+    if worst is not None:
+        first = worst.message.strip().partition("\n")[0]
+        found.append(f"  the first that went wrong: {worst.candidate}: {worst.outcome.value}: {first}")
+    return found
+
+
+BAD = (Outcome.FAILED, Outcome.WRONG_RESULT, Outcome.WORKER_DIED, Outcome.TIMED_OUT)

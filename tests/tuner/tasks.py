@@ -1,0 +1,80 @@
+"""Tasks for workers, importable by their names."""
+
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tilewise.tuner.limits import Limits
+from tilewise.tuner.serving import Room
+from tilewise.tuner.workers import Worker, wait_for
+
+from . import fakes
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Do what one of the fakes does, in a phase of some seconds."""
+
+    fake: str
+    seconds: float = 30.0
+
+    def __call__(self, room: Room) -> object:
+        room.enter(self.fake, self.seconds)
+        return getattr(fakes, self.fake)(None)
+
+
+@dataclass(frozen=True)
+class Says:
+    """Return what it is given, in the process that it runs in."""
+
+    what: object
+
+    def __call__(self, room: Room) -> tuple[object, int]:
+        room.enter("say", 10)
+        return self.what, os.getpid()
+
+
+def state(_: Room) -> tuple[int, str, bool]:
+    """Return how many threads of the system and of Python's there are, whether kernels are interpreted, and if torch
+    is there already."""
+    tasks = len(os.listdir("/proc/self/task")) - threading.active_count()
+    return tasks, os.environ.get("TRITON_INTERPRET", "unset"), "torch" in sys.modules
+
+
+def breaks(room: Room) -> int:
+    room.broken = True
+    return os.getpid()
+
+
+def sleeps(room: Room) -> None:
+    room.enter("sleep", 600)
+    time.sleep(600)
+
+
+def unpicklable(_: Room) -> object:
+    return lambda: None
+
+
+def two_phases(room: Room) -> str:
+    """Stay within the limit of each phase, but not of the first."""
+    for name in ("one", "two", "three"):
+        room.enter(name, 0.6)
+        until = time.monotonic() + 0.35
+        while time.monotonic() < until:
+            pass
+    return "done"
+
+
+def orphans(pids: "Connection[Any, Any]") -> None:
+    """Start a worker that hangs with the interpreter's lock held, tell its process, and wait to be killed."""
+    worker = Worker(Limits(), memory_gib=4, strict=True)
+    worker.start(Calls("hangs_in_native_code", 600))
+    while worker.phase != "hangs_in_native_code":
+        worker.poll()
+        wait_for([worker])
+    pids.send(worker.pid)
+    time.sleep(600)

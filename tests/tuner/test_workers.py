@@ -1,0 +1,162 @@
+"""Processes that may do anything: each way to end costs one task, and the next has a fresh process."""
+
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+
+import pytest
+
+from tilewise.domain.trial import Outcome
+from tilewise.tuner import workers
+from tilewise.tuner.limits import Limits
+from tilewise.tuner.printed import MESSAGE_LIMIT, TAIL_BYTES, Printed
+from tilewise.tuner.serving import Task
+from tilewise.tuner.workers import Ended, Worker, wait_for
+
+from . import tasks
+from .tasks import Calls, Says
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    one = Worker(Limits(), memory_gib=2, strict=False)
+    yield one
+    one.stop()
+
+
+def run(worker: Worker, task: Task) -> Ended:
+    worker.start(task)
+    while (ended := worker.poll()) is None:
+        wait_for([worker])
+    return ended
+
+
+def test_a_worker_stays_warm_and_has_a_heart_that_beats(worker: Worker) -> None:
+    first, second = run(worker, Says("a")), run(worker, Says("b"))
+    assert (first.outcome, first.phase) == (Outcome.OK, "say")
+    assert isinstance(first.result, tuple)
+    assert isinstance(second.result, tuple)
+    assert (first.result[0], second.result[0]) == ("a", "b")
+    assert first.result[1] == second.result[1] == worker.pid != os.getpid()
+    assert worker.started == 1
+
+
+def test_a_fresh_worker_has_torch_and_no_thread_that_a_fork_would_lose(worker: Worker) -> None:
+    assert run(worker, tasks.state).result == (0, "unset", True)
+
+
+@pytest.mark.parametrize(
+    ("fake", "outcome", "says"),
+    [
+        ("segfaults", Outcome.WORKER_DIED, "killed by SIGSEGV (phase segfaults)"),
+        ("aborts", Outcome.WORKER_DIED, "Assertion `layout' failed"),
+        ("exits", Outcome.WORKER_DIED, "ended with exit code 3"),
+        ("broken", Outcome.FAILED, "RuntimeError: the kernel is broken"),
+    ],
+)
+def test_a_death_is_told_from_an_error(worker: Worker, fake: str, outcome: Outcome, says: str) -> None:
+    ended = run(worker, Calls(fake))
+    assert ended.outcome is outcome
+    assert says in ended.message
+    assert ended.phase == fake
+    assert run(worker, Says(1)).outcome is Outcome.OK
+    assert worker.started == (1 if outcome is Outcome.FAILED else 2)
+
+
+@pytest.mark.parametrize("fake", ["hangs", "hangs_in_native_code"])
+def test_a_hang_is_ended(worker: Worker, fake: str) -> None:
+    ended = run(worker, Calls(fake, 0.3))
+    assert (ended.outcome, ended.phase) == (Outcome.TIMED_OUT, fake)
+    assert "no end within its time limit" in ended.message
+    assert run(worker, Says(1)).outcome is Outcome.OK
+
+
+def test_silence_is_ended_before_the_time_limit() -> None:
+    worker = Worker(Limits(silence=1.0), memory_gib=2, strict=False)
+    worker.start(tasks.sleeps)
+    while worker.phase != "sleep":
+        worker.poll()
+        wait_for([worker])
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    while (ended := worker.poll()) is None:
+        wait_for([worker])
+    assert ended.outcome is Outcome.TIMED_OUT
+    assert "no sign of life for 1 s" in ended.message
+
+
+def test_each_phase_has_a_limit_of_its_own(worker: Worker) -> None:
+    assert run(worker, tasks.two_phases).result == "done"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_memory_is_limited(strict: bool) -> None:
+    worker = Worker(Limits(), memory_gib=1.0, strict=strict)
+    ended = run(worker, Calls("allocates_without_end" if strict else "writes_memory_without_end", 120))
+    if strict:  # the allocation fails, and the process lives
+        assert (ended.outcome, worker.started) == (Outcome.FAILED, 1)
+        assert "Cannot allocate memory" in ended.message
+    else:
+        assert ended.outcome is Outcome.OUT_OF_RESOURCES
+        assert "more than 1 GiB of memory" in ended.message
+    assert run(worker, Says(1)).outcome is Outcome.OK
+    worker.stop()
+
+
+@pytest.mark.parametrize("fake", ["prints_and_raises", "prints_and_aborts"])
+def test_of_megabytes_printed_the_end_and_the_error_are_kept(worker: Worker, fake: str) -> None:
+    ended = run(worker, Calls(fake))
+    assert "error: operand #0 does not dominate" in ended.message
+    assert ended.message.endswith("the last line")
+    assert len(ended.message) <= MESSAGE_LIMIT
+    assert "bytes left out" in ended.message
+
+
+def test_a_broken_process_is_not_used_again(worker: Worker) -> None:
+    first = run(worker, tasks.breaks)
+    assert first.outcome is Outcome.OK
+    assert run(worker, tasks.breaks).result != first.result
+
+
+def test_a_result_that_cannot_be_sent_is_an_error(worker: Worker) -> None:
+    ended = run(worker, tasks.unpicklable)
+    assert ended.outcome is Outcome.FAILED
+    assert "pickle" in ended.message
+
+
+def test_a_worker_that_was_killed_while_idle_is_replaced(worker: Worker) -> None:
+    run(worker, Says(1))
+    assert worker.pid is not None
+    before = worker.pid
+    os.kill(before, signal.SIGKILL)
+    assert worker._process is not None
+    wait([worker._process.sentinel])
+    ended = run(worker, Says(2))
+    assert isinstance(ended.result, tuple)
+    assert ended.result[0] == 2
+    assert worker.pid != before
+
+
+def test_a_worker_dies_with_who_started_it() -> None:
+    """Even while it hangs where no Python runs, and though what it was forked from lives."""
+    mine, theirs = workers._context.Pipe()
+    starter = workers._context.Process(target=tasks.orphans, args=(theirs,))
+    starter.start()
+    assert mine.poll(60)
+    orphan = os.pidfd_open(mine.recv())
+    starter.kill()
+    starter.join()
+    ready = wait([orphan], timeout=20)
+    os.close(orphan)
+    assert ready, "the worker outlived who started it"
+
+
+def test_what_was_printed_is_found_across_chunks() -> None:
+    printed = Printed()
+    for chunk in (b"a.cpp:1: err", b"or: half of a line", b" and its end\n", b"z" * 5000):
+        printed.feed(chunk)
+    said = str(printed)
+    assert said.startswith("a.cpp:1: error: half of a line")
+    assert len(said) < TAIL_BYTES + 500
+    assert str(Printed()) == ""

@@ -1,0 +1,293 @@
+"""The processes of one device: one that measures, and those that compile ahead of it."""
+
+import os
+from collections import deque
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.device import DeviceKind
+from tilewise.domain.errors import TuningError
+from tilewise.domain.trial import Outcome, Trial
+from tilewise.kernels import device as devices
+from tilewise.kernels.ahead import COMPILERS, Footprint
+from tilewise.kernels.backends import backend_named
+
+from .compiling import Compiled, Compiling
+from .limits import Limits
+from .measuring import Attempting, Judging, Preparation, Setup, Soaking, no_setup
+from .trying import Judged, stage_of
+from .workers import Ended, Worker, wait_for
+
+PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
+COMPILATIONS = 3.0  # times Backend.compile_seconds, on a busy machine
+MEMORY_SHARE = 0.8  # of the machine, for the process that measures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """A finished trial, with what was compiled ahead for it and how long that took."""
+
+    trial: Trial
+    footprints: tuple[Footprint, ...] = ()
+    compile_seconds: float = 0.0
+
+
+class Crew:
+    """Workers that stay warm from one problem to the next; close it, or use it as a context manager.
+
+    - device: that is measured.
+    - compilers: processes that compile ahead; by default one per core but one for a GPU. On a CPU nothing compiles
+      while it measures: the cores are what is measured.
+    - setup: called first in every worker for every problem, importable by its name.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        compilers: int | None = None,
+        limits: Limits | None = None,
+        setup: Setup = no_setup,
+    ) -> None:
+        self.device, self.limits, self.setup = device, limits or Limits(), setup
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        memory = min(self.limits.memory_gib, MEMORY_SHARE * machine)
+        self.measurer = Worker(self.limits, memory_gib=memory, strict=device.type == "cpu")
+        count = max(1, len(os.sched_getaffinity(0)) - 1) if compilers is None else compilers
+        each = min(self.limits.compile_memory_gib, machine / (count + 1))
+        self.compilers = [Worker(self.limits, memory_gib=each, strict=True) for _ in range(count)]
+
+    def close(self) -> None:
+        for worker in (self.measurer, *self.compilers):
+            worker.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class _Waiting:
+    candidate: Candidate
+    footprints: tuple[Footprint, ...] = ()
+    compile_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Queues:
+    to_compile: deque[_Waiting] = field(default_factory=deque)
+    compiling: dict[Worker, _Waiting] = field(default_factory=dict)
+    to_measure: deque[_Waiting] = field(default_factory=deque)
+    measuring: _Waiting | None = None
+    finished: deque[Tried] = field(default_factory=deque)
+
+
+class Pipeline:
+    """Candidates of one problem on their way through a crew: compiled ahead where possible, then measured in turn.
+
+        pipeline.submit(candidate)
+        tried = pipeline.take(best_ratio=0.9)  # waits for the next one to finish
+
+    A process that dies or is ended costs the trial it was at; the next one is for a fresh process. Raises TuningError
+    where the tensors and their references cannot be prepared.
+    """
+
+    def __init__(self, crew: Crew, preparation: Preparation) -> None:
+        self._crew, self._preparation = crew, preparation
+        self._described = devices.describe(crew.device)
+        self._alone = self._described.kind is DeviceKind.CPU  # compiling and measuring share the cores
+        self._queues = _Queues()
+        self._longest = 0.0  # seconds of a right candidate
+        self._best_ratio = float("inf")
+
+    def submit(self, candidate: Candidate) -> None:
+        queue = self._queues.to_compile if self._ahead(candidate.backend) else self._queues.to_measure
+        queue.append(_Waiting(candidate))
+
+    @property
+    def pending(self) -> int:
+        """How many candidates were submitted and not taken yet."""
+        q = self._queues
+        measuring = q.measuring is not None
+        return len(q.to_compile) + len(q.compiling) + len(q.to_measure) + len(q.finished) + measuring
+
+    def wants(self, backend: str) -> bool:
+        """Whether another candidate of `backend` would keep a process from waiting.
+
+        One that compiles ahead is wanted while fewer are on their way than there are processes; another only when
+        nothing waits to be measured, so that it can be chosen by all that is known.
+        """
+        q = self._queues
+        if self._ahead(backend):
+            return len(q.to_compile) + len(q.compiling) + len(q.to_measure) < len(self._crew.compilers) + 1
+        return not q.to_measure and q.measuring is None
+
+    def take(self, *, best_ratio: float) -> Tried:
+        """Return the next finished trial; there must be one pending."""
+        self._best_ratio = best_ratio
+        assert self.pending, "nothing was submitted"
+        while not self._queues.finished:
+            self._advance()
+            if not self._queues.finished:
+                wait_for([self._crew.measurer, *self._queues.compiling])
+        return self._queues.finished.popleft()
+
+    def finish(self) -> tuple[Tried, ...]:
+        """Forget what waits and end what compiles; wait for what is being measured, and return what is finished."""
+        q = self._queues
+        for worker in q.compiling:
+            worker.stop()
+        for queue in (q.to_compile, q.compiling, q.to_measure):
+            queue.clear()
+        while q.measuring is not None:
+            self._advance()
+            wait_for([self._crew.measurer])
+        finished = tuple(q.finished)
+        q.finished.clear()
+        return finished
+
+    def abandon(self) -> None:
+        """Forget and end everything that is on its way."""
+        if self._queues.measuring is not None or self._crew.measurer.busy:
+            self._crew.measurer.stop()
+            self._queues.measuring = None
+        self.finish()
+
+    def judge(self, candidates: tuple[Candidate, ...], *, rounds: int, seconds: float) -> Judged:
+        """Hold the final of `candidates`, the first being the reference.
+
+        A final in which a process dies does not say whose fault it was: then each is called alone, and who dies or
+        fails is named. Raises TuningError where nobody does.
+        """
+        limits = self._limits(max((self._compile_seconds(each) for each in candidates), default=0.0))
+        task = Judging(
+            preparation=self._preparation, candidates=candidates, limits=limits, rounds=rounds, seconds=seconds
+        )
+        ended = self._run(task)
+        if ended.outcome is Outcome.OK:
+            assert isinstance(ended.result, Judged)
+            return ended.result
+        failures = [
+            trial for each in candidates if (trial := self._soaked(each, rounds, limits)).outcome is not Outcome.OK
+        ]
+        if not failures:
+            raise TuningError(f"the final could not be held, though every finalist runs alone: {ended.message}")
+        return Judged(None, tuple(failures))
+
+    # compiling and measuring
+
+    def _ahead(self, backend: str) -> bool:
+        return backend in COMPILERS and bool(self._crew.compilers)
+
+    def _advance(self) -> None:
+        q, crew = self._queues, self._crew
+        for worker, waiting in [*q.compiling.items()]:
+            ended = worker.poll()
+            if ended is not None:
+                del q.compiling[worker]
+                self._compiled(waiting, ended)
+        if q.measuring is not None:
+            ended = crew.measurer.poll()
+            if ended is not None:
+                waiting, q.measuring = q.measuring, None
+                self._measured(waiting, ended)
+        for worker in crew.compilers:
+            if q.to_compile and worker not in q.compiling and not (self._alone and q.measuring):
+                q.compiling[worker] = waiting = q.to_compile.popleft()
+                worker.start(self._compilation(waiting.candidate))
+        if q.measuring is None and q.to_measure and not (self._alone and q.compiling):
+            q.measuring = q.to_measure.popleft()
+            crew.measurer.start(self._attempt(q.measuring))
+
+    def _compilation(self, candidate: Candidate) -> Compiling:
+        return Compiling(
+            problem=self._preparation.problem,
+            candidate=candidate,
+            device=self._described,
+            limits=self._crew.limits,
+            setup=self._crew.setup,
+        )
+
+    def _attempt(self, waiting: _Waiting) -> Attempting:
+        candidate = waiting.candidate
+        limits = self._limits(0.0 if self._ahead(candidate.backend) else self._compile_seconds(candidate))
+        if candidate == self._preparation.reference:
+            limits = replace(limits, check=limits.prepare, measure=limits.prepare)
+        return Attempting(
+            preparation=self._preparation, candidate=candidate, limits=limits, best_ratio=self._best_ratio
+        )
+
+    def _compile_seconds(self, candidate: Candidate) -> float:
+        return COMPILATIONS * backend_named(candidate.backend).compile_seconds
+
+    def _limits(self, compile_seconds: float) -> Limits:
+        limits, patience = self._crew.limits, PATIENCE * self._longest
+        check = max(limits.check, patience) + compile_seconds
+        return replace(limits, check=check, measure=max(limits.measure, patience))
+
+    def _compiled(self, waiting: _Waiting, ended: Ended) -> None:
+        waiting.compile_seconds = ended.seconds
+        found = ended.result if ended.outcome is Outcome.OK else Compiled(ended.outcome, ended.message)
+        assert isinstance(found, Compiled)
+        waiting.footprints = found.footprints
+        if found.outcome is Outcome.OK:
+            self._queues.to_measure.append(waiting)
+            return
+        outcome = Outcome.COMPILE_FAILED if found.outcome is Outcome.FAILED else found.outcome
+        self._finish(waiting, self.trial(waiting.candidate, outcome, found.message))
+
+    def _measured(self, waiting: _Waiting, ended: Ended) -> None:
+        if ended.outcome is Outcome.OK:
+            assert isinstance(ended.result, Trial)
+            if ended.result.outcome is Outcome.OK:
+                self._longest = max(self._longest, ended.result.seconds)
+            self._finish(waiting, ended.result)
+            return
+        self._refuse_unprepared(ended)
+        self._finish(waiting, self.trial(waiting.candidate, ended.outcome, ended.message, ended.seconds))
+
+    def _refuse_unprepared(self, ended: Ended) -> None:
+        if ended.phase in ("start", "prepare"):
+            key = self._preparation.problem.key
+            raise TuningError(f"{key}: its tensors and their references cannot be computed: {ended.message}")
+
+    def _finish(self, waiting: _Waiting, trial: Trial) -> None:
+        trial = replace(trial, seconds=trial.seconds + waiting.compile_seconds)
+        tried = Tried(trial=trial, footprints=waiting.footprints, compile_seconds=waiting.compile_seconds)
+        self._queues.finished.append(tried)
+
+    def trial(self, candidate: Candidate, outcome: Outcome, message: str, seconds: float = 0.0) -> Trial:
+        """Return the trial of a candidate that did not run, or not to its end."""
+        return Trial(
+            candidate=candidate,
+            stage=stage_of(self._preparation.problem),
+            outcome=outcome,
+            message=message,
+            seconds=seconds,
+            job=self._preparation.job,
+            attempt=self._preparation.attempt,
+        )
+
+    # the final
+
+    def _soaked(self, candidate: Candidate, calls: int, limits: Limits) -> Trial:
+        ended = self._run(Soaking(preparation=self._preparation, candidate=candidate, limits=limits, calls=calls))
+        if ended.outcome is Outcome.OK:
+            assert isinstance(ended.result, Trial)
+            return ended.result
+        return self.trial(candidate, ended.outcome, ended.message, ended.seconds)
+
+    def _run(self, task: Judging | Soaking) -> Ended:
+        worker = self._crew.measurer
+        worker.start(task)
+        while (ended := worker.poll()) is None:
+            wait_for([worker])
+        if ended.outcome is not Outcome.OK:
+            self._refuse_unprepared(ended)
+        return ended

@@ -1,0 +1,115 @@
+"""The tasks of the measuring worker. Each brings all it needs, so that a fresh process goes on where another died."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.problem import Problem
+from tilewise.domain.trial import Trial
+
+from .correctness import Checker
+from .limits import Limits
+from .serving import Room
+from .timing import clock_for
+from .trying import Bench, Judged
+
+Setup = Callable[[], None]
+
+
+def no_setup() -> None:
+    """Prepare nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """The tensors and the reference that all candidates of a problem share.
+
+    - device: as torch spells it; threads: of torch, on a CPU part of what the device is.
+    - job, attempt: what the trials are of.
+    - setup: called first in every process that takes part, and importable by its name; it may register backends.
+    """
+
+    problem: Problem
+    device: str
+    reference: Candidate
+    seed: int
+    threads: int
+    job: str = ""
+    attempt: int = 1
+    setup: Setup = no_setup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempting:
+    """Check a candidate and, if it is right, screen it; `best_ratio` tells what is too slow to be timed well."""
+
+    preparation: Preparation
+    candidate: Candidate
+    limits: Limits
+    best_ratio: float
+
+    def __call__(self, room: Room) -> Trial:
+        bench = _bench(room, self.preparation, self.limits)
+        found = bench.attempt(self.candidate, best_ratio=self.best_ratio, enter=room.enter, limits=self.limits)
+        room.broken = bench.broken
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soaking:
+    """Call a candidate alone, many times."""
+
+    preparation: Preparation
+    candidate: Candidate
+    limits: Limits
+    calls: int
+
+    def __call__(self, room: Room) -> Trial:
+        bench = _bench(room, self.preparation, self.limits)
+        found = bench.soak(self.candidate, calls=self.calls, enter=room.enter, limits=self.limits)
+        room.broken = bench.broken
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judging:
+    """Hold the final of `candidates`, the first being the reference."""
+
+    preparation: Preparation
+    candidates: tuple[Candidate, ...]
+    limits: Limits
+    rounds: int
+    seconds: float
+
+    def __call__(self, room: Room) -> Judged:
+        bench = _bench(room, self.preparation, self.limits)
+        found = bench.judge(
+            self.candidates, rounds=self.rounds, seconds=self.seconds, enter=room.enter, limits=self.limits
+        )
+        room.broken = bench.broken
+        return found
+
+
+_ready: tuple[Preparation, Bench] | None = None  # of one problem at a time: its tensors may fill half a device
+
+
+def _bench(room: Room, preparation: Preparation, limits: Limits) -> Bench:
+    global _ready
+    if _ready is not None and _ready[0] == preparation:
+        return _ready[1]
+    room.enter("prepare", limits.prepare)
+    _ready = None
+    preparation.setup()
+    device = torch.device(preparation.device)
+    torch.set_num_threads(preparation.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.empty_cache()
+    checker = Checker(preparation.problem, device, seed=preparation.seed)
+    _ready = (
+        preparation,
+        Bench(checker, clock_for(device), preparation.reference, job=preparation.job, attempt=preparation.attempt),
+    )
+    return _ready[1]

@@ -1,0 +1,222 @@
+"""Processes that may crash, hang or eat memory: each such task is one failure, and a fresh process goes on.
+
+A worker is forked from a server process that has imported torch and never touched a device, so a fresh one is there
+within a tenth of a second and takes a GPU like a process of its own. It says which phase it is in, with the seconds
+that it may take, and beats; what it prints is read all the time, and its end kept.
+
+This file imports no torch: `prestart` can be called first of all.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from tilewise.domain.trial import Outcome
+
+from .limits import Limits
+from .printed import Printed
+from .serving import Beat, Finished, Phase, Raised, Task, serve
+
+# what a first trial would else wait for; inductor's settings are read where torch is made to fill new tensors
+PRELOADED = ["torch", "triton", "torch._inductor.config", "tilewise.tuner.measuring", "tilewise.tuner.compiling"]
+POLL_SECONDS = 0.1  # between two looks at memory and deadlines
+_CHUNK = 1 << 16
+_CHUNKS = 64  # read at once: a worker that prints without end must not keep us here
+_NO_MEMORY = ("bad_alloc", "MemoryError", "annot allocate memory", "can't allocate memory")
+_context = multiprocessing.get_context("forkserver")
+
+
+def prestart() -> None:
+    """Start the process that workers are forked from; it imports torch while the caller does other things."""
+    _context.set_forkserver_preload(PRELOADED)
+    with _same_path():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _same_path() -> Iterator[None]:
+    """Within, a new interpreter finds what this one finds: what it preloads must be the same modules."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a task ended: `result` where the outcome is ok, else why, in which phase, with the end of what was printed.
+
+    The outcome is `failed` where the task raised, and one of timed_out, out_of_resources and worker_died where its
+    process is gone.
+    """
+
+    outcome: Outcome
+    result: object = None
+    phase: str = ""
+    message: str = ""
+    seconds: float = 0.0
+
+
+class Worker:
+    """One process at a time, started when there is a task and replaced when it is gone.
+
+    - memory_gib: what it may have; checked against its resident memory, and with `strict` a limit on its data, too,
+      which lets an allocation fail cleanly but which a CUDA driver does not bear.
+    """
+
+    def __init__(self, limits: Limits, *, memory_gib: float, strict: bool) -> None:
+        self._limits, self._memory, self._strict = limits, int(memory_gib * 2**30), strict
+        self._process: ForkServerProcess | None = None
+        self._connection: Connection[Any, Any]
+        self._out: Connection[Any, Any]
+        self._lifeline: Connection[Any, Any]
+        self._printed = Printed()
+        self.phase, self._deadline, self._heard, self._began = "", 0.0, 0.0, 0.0
+        self.busy = False
+        self.started = 0  # processes so far
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self, task: Task) -> None:
+        """Begin a task; there must be none."""
+        assert not self.busy, "a worker does one task at a time"
+        self._pump()
+        self._printed = Printed()
+        now = time.monotonic()
+        self.busy, self._began, self._heard = True, now, now
+        self.phase, self._deadline = "start", now + self._limits.start
+        if self._process is not None and not self._process.is_alive():
+            self.stop()
+            self.busy = True
+        if self._process is None:
+            self._spawn()
+        with contextlib.suppress(OSError):  # it died: the next poll says so
+            self._connection.send(task)
+
+    def poll(self) -> Ended | None:
+        """Return how the task ended, None while it goes on."""
+        if not self.busy:
+            return None
+        self._pump()
+        try:
+            while self._connection.poll():
+                message = self._connection.recv()
+                self._heard = time.monotonic()
+                if isinstance(message, Phase):
+                    self.phase, self._deadline = message.name, self._heard + message.seconds
+                elif not isinstance(message, Beat):
+                    return self._answered(message)
+        except (EOFError, OSError):
+            return self._died()
+        now = time.monotonic()
+        if self._resident() > self._memory:
+            return self._killed(Outcome.OUT_OF_RESOURCES, f"more than {self._memory / 2**30:g} GiB of memory")
+        if now > self._deadline:
+            return self._killed(Outcome.TIMED_OUT, "no end within its time limit")
+        if now - self._heard > self._limits.silence:
+            return self._killed(Outcome.TIMED_OUT, f"no sign of life for {self._limits.silence:g} s")
+        return None
+
+    def stop(self) -> None:
+        """End the process, whatever it does; the next task starts another."""
+        self.busy = False
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        for end in (self._connection, self._out, self._lifeline):
+            end.close()
+        self._process = None
+
+    @property
+    def ends(self) -> tuple["Connection[Any, Any]", ...]:
+        """What becomes readable when there is something to poll for."""
+        return (self._connection, self._out) if self.busy else ()
+
+    def _spawn(self) -> None:
+        prestart()
+        self._connection, theirs = _context.Pipe()
+        self._out, printed = _context.Pipe(duplex=False)
+        lifeline, self._lifeline = _context.Pipe(duplex=False)
+        os.set_blocking(self._out.fileno(), False)
+        data = self._memory if self._strict else None
+        self._process = _context.Process(target=serve, args=(theirs, printed, lifeline, data), daemon=True)
+        self._process.start()
+        self.started += 1
+        for end in (theirs, printed, lifeline):
+            end.close()
+
+    def _answered(self, message: object) -> Ended:
+        self.busy = False
+        if isinstance(message, Finished):
+            if message.broken:
+                self.stop()
+            return Ended(Outcome.OK, message.result, self.phase, seconds=time.monotonic() - self._began)
+        assert isinstance(message, Raised)
+        return self._ended(Outcome.FAILED, message.message)
+
+    def _died(self) -> Ended:
+        assert self._process is not None
+        self._process.join()
+        code = self._process.exitcode or 0
+        self._pump()
+        said = str(self._printed)
+        outcome = Outcome.OUT_OF_RESOURCES if any(word in said for word in _NO_MEMORY) else Outcome.WORKER_DIED
+        return self._killed(outcome, f"killed by {_signal(-code)}" if code < 0 else f"ended with exit code {code}")
+
+    def _killed(self, outcome: Outcome, why: str) -> Ended:
+        ended = self._ended(outcome, f"the process that ran it: {why}")
+        self.stop()
+        return ended
+
+    def _ended(self, outcome: Outcome, why: str) -> Ended:
+        message = "\n".join(filter(None, (f"{why} (phase {self.phase})", str(self._printed))))
+        return Ended(outcome, None, self.phase, message, time.monotonic() - self._began)
+
+    def _pump(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_CHUNKS):
+                chunk = os.read(self._out.fileno(), _CHUNK)
+                if not chunk:
+                    return
+                self._printed.feed(chunk)
+
+    def _resident(self) -> int:
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_for(workers: Sequence[Worker], seconds: float = POLL_SECONDS) -> None:
+    """Return when one of `workers` may have something to tell, after `seconds` at the latest."""
+    ends = [end for worker in workers for end in worker.ends]
+    if ends:
+        wait(ends, timeout=seconds)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
