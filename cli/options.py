@@ -1,5 +1,7 @@
 """Options that several commands share."""
 
+import getpass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,3 +30,21 @@ def database_url(given: str | None) -> str:
             "can be written in TILEWISE_HOME"
         ) from error
     return paths.default_database_url()
+
+
+def user_name() -> str:
+    """Return who runs this command, for the audit trail."""
+    try:
+        return f"{getpass.getuser()} (command line)"
+    except (KeyError, OSError):  # a container's user may have no name
+        return "command line"
+
+
+def secret_of(file: Path) -> str:
+    """Return the one line that a file of a secret holds. Raises SettingsError where it cannot be read."""
+    from tilewise.domain.errors import SettingsError
+
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text'}") from error

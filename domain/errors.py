@@ -11,6 +11,8 @@
     ├── DatabaseError         a database that cannot be used
     │   └── SchemaVersionError    older or newer than this code expects
     ├── TuningError           a search that cannot start or has no valid candidate
+    ├── NotFoundError         a job, snapshot, channel or token that does not exist
+    ├── ConflictError         something changed since it was read, or its state does not allow this
     └── SettingsError         a setting (argument or TILEWISE_* variable) that makes no sense
 
 Every message says what was expected, what came, and what to do.
@@ -59,6 +61,14 @@ class SchemaVersionError(DatabaseError):
 
 class TuningError(TilewiseError):
     """A search cannot start, or ended without a single valid candidate."""
+
+
+class NotFoundError(TilewiseError):
+    """What was named does not exist."""
+
+
+class ConflictError(TilewiseError):
+    """It changed since it was read, or the state it is in does not allow what was asked."""
 
 
 class SettingsError(TilewiseError, ValueError):

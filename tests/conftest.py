@@ -15,6 +15,8 @@ import torch
 
 from tilewise.db.session import Database
 
+from .postgres import SYSTEM_POSTGRES, running_postgres
+
 
 def has_cuda() -> bool:
     return torch.cuda.is_available()
@@ -64,24 +66,36 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.cleanup()
 
 
-@pytest.fixture
-def postgres_url(postgres_server: str) -> str:
-    """The URL of an empty database, which goes when the server does."""
+@pytest.fixture(scope="session")
+def system_postgres() -> Iterator[str]:
+    """The URL of a server from the system's own binaries, on a socket in a folder of its own."""
+    with running_postgres(SYSTEM_POSTGRES[-1]) as server:
+        yield server.url
+
+
+def new_database(server: str) -> str:
+    """Return the URL of a new, empty database of a server, which goes when the server does."""
     import psycopg
 
     name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(postgres_server, autocommit=True) as admin:
+    with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f'CREATE DATABASE "{name}"'.encode())
-    return postgres_server.replace("/postgres?", f"/{name}?")
+    return server.replace("/postgres?", f"/{name}?")
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """The URL of an empty PostgreSQL database."""
+    return new_database(postgres_server)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", *(["system postgresql"] if SYSTEM_POSTGRES else [])])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database of each kind that holds nothing yet."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'tilewise.db'}"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
+    server: str = request.getfixturevalue("postgres_server" if request.param == "postgresql" else "system_postgres")
+    return new_database(server)
 
 
 @pytest.fixture

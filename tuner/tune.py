@@ -15,7 +15,7 @@ from tilewise.db.trials import TrialRepository
 from tilewise.domain.answer import Answer
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
-from tilewise.domain.errors import TilewiseError, TuningError
+from tilewise.domain.errors import ConflictError, TilewiseError, TuningError
 from tilewise.domain.job import Budget, JobState
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
@@ -63,20 +63,22 @@ def tune(
     fresh: bool = False,
     seed: int = 0,
     report: Reporter = silent,
+    claim: tuple[str, int] | None = None,
 ) -> Verdict:
     """Find the fastest way to compute `problem` on `device`, keep every trial and the answer, and return the verdict.
 
     - backends: only these, beside torch's own choice; empty means every one that supports the problem.
     - fresh: do not resume from trials that an earlier run kept.
+    - claim: the id and attempt of a claimed job to run, which the caller ends; by default a job of its own.
 
     Ends early, with everything finished kept, on KeyboardInterrupt, which is raised again. Raises ConfigError for an
     unknown backend, UnsupportedError or TuningError where nothing can be measured, DatabaseError where nothing can be
-    kept.
+    kept, ConflictError where the job was cancelled or goes on elsewhere.
     """
     for name in backends:
         backend_named(name)
     with torch.random.fork_rng(devices=[]):
-        return _Tuning(problem, device, database, budget, backends, fresh=fresh, seed=seed, report=report).run()
+        return _Tuning(problem, device, database, budget, backends, fresh=fresh, seed=seed, report=report).run(claim)
 
 
 class _Tuning:
@@ -102,8 +104,9 @@ class _Tuning:
         self._tried: dict[Candidate, Trial] = {}
         self._start = time.monotonic()
 
-    def run(self) -> Verdict:
-        job, attempt = self._open_job()
+    def run(self, claim: tuple[str, int] | None) -> Verdict:
+        job, attempt = self._claim = claim or self._open_job()
+        self._ends_job = claim is None
         try:
             self._tell("prepare")
             checker = Checker(self._problem, self._torch_device, seed=self._seed)
@@ -252,6 +255,7 @@ class _Tuning:
             assert answer.evidence is not None
             version = previous.version if previous else 0
             with self._database.write() as session:
+                self._guard(JobRepository(session))
                 swapped = AnswerRepository(session).replace(
                     answer, expected_version=version, reason=answer.evidence.reason
                 )
@@ -308,11 +312,20 @@ class _Tuning:
         return job.id, attempt
 
     def _close_job(self, job: str, attempt: int, state: JobState, message: str) -> None:
+        if not self._ends_job:
+            return
         with self._database.write() as session:
             JobRepository(session).finish(job, attempt, state, message=message)
 
+    def _guard(self, jobs: JobRepository) -> None:
+        """Keep the job from being claimed until this transaction ends; ConflictError where it is not ours any more."""
+        job, attempt = self._claim
+        if not jobs.holds(job, attempt):
+            raise ConflictError(f"job {job} was cancelled, or goes on elsewhere under a later attempt than {attempt}")
+
     def _keep(self, trial: Trial) -> None:
         with self._database.write() as session:
+            self._guard(JobRepository(session))
             TrialRepository(session).add(
                 trial, problem=self._problem, device_key=self._device.key, software=self._software
             )
