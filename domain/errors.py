@@ -8,6 +8,7 @@
     ├── DeviceError           a device that does not exist or cannot be read
     ├── SnapshotError         a snapshot that is damaged, of another schema, or missing
     ├── SourceError           a source of answers that cannot be reached or makes no sense
+    │   └── RefusedError          it wants another token
     ├── DatabaseError         a database that cannot be used
     │   └── SchemaVersionError    older or newer than this code expects
     ├── TuningError           a search that cannot start or has no valid candidate
@@ -49,6 +50,10 @@ class SnapshotError(TilewiseError):
 
 class SourceError(TilewiseError):
     """A source of answers cannot be reached or answers nonsense."""
+
+
+class RefusedError(SourceError):
+    """The source of answers refuses the token, or wants one."""
 
 
 class DatabaseError(TilewiseError):

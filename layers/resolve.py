@@ -1,10 +1,11 @@
 """From an answer to what really runs here: validated, supported, and demoted where it fails."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from tilewise.client.usage import Used
 from tilewise.domain.answer import Answer
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
@@ -36,6 +37,7 @@ class Resolved:
     problem: Problem
     candidate: Candidate
     fallback: Candidate
+    used: Used = field(default_factory=Used.nobodys)  # counts the calls of an answer
 
 
 def resolve(problem: Problem, device: torch.device, backend: str, *, return_lse: bool, strict: bool) -> Resolved:

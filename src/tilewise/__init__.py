@@ -5,6 +5,7 @@
     out = tilewise.decode(query, keys, values, lengths=lengths)     # a few new tokens against a cache
     tilewise.configure(source="http://tilewise.internal:8000")      # ask a service, not the local snapshot
     tilewise.ready()                                                # seal the answers before the first step
+    tilewise.warmup([problem])                                      # compile and try what will run
     tilewise.answer(problem)                                        # what would run, and why
     layer = tilewise.FastMultiHeadSelfAttention(8192, 64, causal=True)
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tilewise.layers.decode import decode
     from tilewise.layers.multi_head import FastMultiHeadSelfAttention
     from tilewise.layers.session import answer, configure, ready, refresh
+    from tilewise.layers.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ _HOMES = {
     "decode": "layers.decode",
     "ready": "layers.session",
     "refresh": "layers.session",
+    "warmup": "layers.warmup",
 }
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "decode",
     "ready",
     "refresh",
+    "warmup",
 ]
 
 
