@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from starlette.types import Scope
+
 from tilewise.db.answers import AnswerRepository, StoredAnswer
 from tilewise.db.session import Database
 from tilewise.domain import codec
@@ -22,16 +24,18 @@ from tilewise.domain.software import Software
 
 FOLLOW_SECONDS = 0.25
 MAX_REPLIES = 20_000
+RequestKey = tuple[bytes, bytes, bool]  # path, query, and whether gzip is taken
 _log = logging.getLogger("tilewise.api")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What an answer's route sends, kept as bytes: the ETag, the body, and how the answer was matched."""
+    """What a route of answers sends, kept as bytes: the ETag, the body, and how the one answer in it was matched."""
 
     etag: bytes
     body: bytes
     match: str
+    gzipped: bool = False
 
 
 class _Answers(Mapping[str, Answer]):
@@ -73,7 +77,7 @@ _NOTHING = _Device(_Answers({}))
 class AnswerBook:
     """Answers by device.
 
-    Until any answer changes, `replies` keeps what went out by the request's path and query, and `pieces` what went out
+    Until any answer changes, `replies` keeps what went out by the request, and `pieces` what went out
     in longer responses by device, software, whether with evidence, and problem.
     """
 
@@ -85,7 +89,7 @@ class AnswerBook:
         self._behind = True
         self._trouble = ""
         self._stop = threading.Event()
-        self.replies: dict[tuple[bytes, bytes], Reply] = {}
+        self.replies: dict[RequestKey, Reply] = {}
         self.pieces: dict[tuple[str, str | None, bool, str], Reply] = {}
         database.watch(self._fall_behind)
 
@@ -110,13 +114,18 @@ class AnswerBook:
         made = (each.made[0] for each in list(self._devices.values()) if each.made)
         return next((found for found in made if found.id == snapshot_id), None)
 
-    def reply(self, key: tuple[bytes, bytes]) -> Reply | None:
+    def reply(self, key: RequestKey) -> Reply | None:
         """Return what went out for a request before, if it is still right."""
         if self._behind:
             self.refresh()
         return self.replies.get(key)
 
-    def remember(self, key: tuple[bytes, bytes], reply: Reply, seen: int) -> None:
+    @staticmethod
+    def key_of(scope: Scope, accept_encoding: bytes) -> RequestKey:
+        """Return what a request to a route of answers is remembered by."""
+        return scope.get("raw_path") or scope["path"].encode(), scope["query_string"], b"gzip" in accept_encoding
+
+    def remember(self, key: RequestKey, reply: Reply, seen: int) -> None:
         """Keep what goes out for a request, unless an answer changed since `version` was `seen`."""
         if seen == self._newest and not self._behind:
             if len(self.replies) >= MAX_REPLIES:

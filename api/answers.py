@@ -11,7 +11,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 
 from . import documents, schemas
-from .answer_book import AnswerBook, Reply
+from .answer_book import AnswerBook, Reply, RequestKey
 from .conditional import conditional, not_modified, tag_of
 from .dependencies import (
     AnswerBookOfApp,
@@ -51,9 +51,7 @@ def one_answer(
     answer = book.answer(device_key, problem, software)
     body = codec.canonical(answer)
     tag = tag_of(body)
-    raw_path = request.scope.get("raw_path") or request.scope["path"].encode()
-    reply = Reply(tag.encode(), body, answer.match)
-    book.remember((raw_path, request.scope["query_string"]), reply, seen)
+    book.remember(_key(request), Reply(tag.encode(), body, answer.match), seen)
     metrics.lookup(answer.match)
     return conditional(body, if_none_match, tag=tag)
 
@@ -73,8 +71,17 @@ def all_answers(
 ) -> Response:
     """All standing answers in the form of a snapshot file, which a client can keep as it comes. The ETag is the
     snapshot's id; a device without answers has the empty snapshot."""
+    seen = book.version
     found = book.snapshot(device_key)
-    return documents.snapshot(request, signer, found.id, found.gzipped, if_none_match)
+    response = documents.snapshot(request, signer, found.id, found.gzipped, if_none_match)
+    if response.status_code == 200 and "content-encoding" in response.headers:
+        tag = response.headers["etag"].encode()
+        book.remember(_key(request), Reply(tag, bytes(response.body), "", gzipped=True), seen)
+    return response
+
+
+def _key(request: Request) -> RequestKey:
+    return AnswerBook.key_of(request.scope, request.headers.get("accept-encoding", "").encode("latin-1"))
 
 
 @router.post(

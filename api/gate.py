@@ -13,6 +13,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tilewise.domain.token import Scope as Scopes
+
 from .access import Caller, Callers, RefusedError, needed
 from .answer_book import AnswerBook, Reply
 from .errors import problem
@@ -22,10 +24,12 @@ from .security import HEADERS
 from .settings import ServiceSettings
 
 ANSWER_ROUTE = "/v1/answers/{device_key}/{problem_key}"
+ALL_ROUTE = "/v1/answers/{device_key}"
+_GZIP = [(b"vary", b"Accept-Encoding"), (b"content-encoding", b"gzip")]
 _SECURITY = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-cache")]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_WANTED = (b"authorization", b"x-request-id", b"if-none-match", b"content-length")
+_WANTED = (b"authorization", b"x-request-id", b"if-none-match", b"content-length", b"accept-encoding")
 _log = logging.getLogger("tilewise.api.request")
 # Request ids: random per process, then counted.
 _PROCESS = os.urandom(6).hex().encode()
@@ -53,10 +57,10 @@ class Gate:
         caller, refusal = self._admit(scope, headers)
         reply = None
         if refusal is None and scope["method"] == "GET" and scope["path"].startswith("/v1/answers/"):
-            reply = self._book.reply((scope.get("raw_path") or scope["path"].encode(), scope["query_string"]))
+            reply = self._book.reply(self._book.key_of(scope, headers.get(b"accept-encoding", b"")))
         if reply is not None and headers.get(b"if-none-match") in (None, reply.etag):
             await self._send(reply, send, outcome, same=b"if-none-match" in headers)
-            route = ANSWER_ROUTE
+            route = ANSWER_ROUTE if reply.match else ALL_ROUTE
         else:
             scope.setdefault("state", {}).update(request_id=request_id.decode(), caller=caller)
             body = _Body(receive, self._settings.max_body)
@@ -67,7 +71,8 @@ class Gate:
             route = getattr(scope.get("route"), "path", "other")
         seconds = time.perf_counter() - start
         self._metrics.request(scope["method"], route, outcome.status, seconds)
-        if self._settings.access_log or outcome.status >= 500 or scope["method"] not in ("GET", "HEAD"):
+        changes = needed(scope["method"], scope["path"]) in (Scopes.TUNE, Scopes.ADMIN)
+        if self._settings.access_log or outcome.status >= 500 or changes:
             self._write(scope, outcome, caller, seconds)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[Caller | None, Respond | None]:
@@ -97,11 +102,14 @@ class Gate:
         return caller, _too_large(self._settings.max_body)
 
     async def _send(self, reply: Reply, send: Send, outcome: "_Outcome", *, same: bool) -> None:
-        self._metrics.lookup(reply.match)
+        if reply.match:
+            self._metrics.lookup(reply.match)
         outcome.status = 304 if same else 200
         own = [(b"etag", reply.etag), (b"x-request-id", outcome.request_id)]
         if not same:
             own.append((b"content-length", b"%d" % len(reply.body)))
+        if reply.gzipped:
+            own += _GZIP if not same else _GZIP[:1]
         await send({"type": "http.response.start", "status": outcome.status, "headers": own + _JSON + _SECURITY})
         await send({"type": "http.response.body", "body": b"" if same else reply.body})
 

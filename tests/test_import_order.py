@@ -17,7 +17,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "db": ({"domain"}, {"sqlalchemy", "alembic", "cryptography"}),
     "tuner": ({"domain", "kernels", "db"}, {"torch", "optuna"}),
     "api": ({"domain", "db"}, {"fastapi", "starlette", "pydantic", "jinja2", "uvicorn", "prometheus_client"}),
-    "bench": ({"domain", "kernels", "layers", "tuner"}, {"torch", "matplotlib"}),
+    "bench": (
+        {"domain", "kernels", "layers", "tuner", "client", "db", "api"},
+        {"torch", "matplotlib", "httpx", "sqlalchemy"},
+    ),
     "cli": (
         {"domain", "kernels", "client", "layers", "db", "tuner", "api", "bench"},
         {"typer", "click", "rich", "torch", "uvicorn", "platformdirs", "httpx"},
