@@ -17,7 +17,7 @@ from tilewise.db.session import Database
 from tilewise.domain import codec
 from tilewise.domain.answer import Answer
 from tilewise.domain.errors import DatabaseError
-from tilewise.domain.matching import match
+from tilewise.domain.matching import KeptAnswers, match
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.software import Software
@@ -38,8 +38,8 @@ class Reply:
     gzipped: bool = False
 
 
-class _Answers(Mapping[str, Answer]):
-    """The answers of one device by problem key, as domain.matching takes them; never changed once made."""
+class _Stored(Mapping[str, Answer]):
+    """Stored answers by problem key, each read when it is first looked at."""
 
     def __init__(self, stored: Mapping[str, StoredAnswer]) -> None:
         self.stored = stored
@@ -58,7 +58,8 @@ class _Answers(Mapping[str, Answer]):
 class _Device:
     """One device's answers and what was made of them; replaced as a whole when one of them changes."""
 
-    answers: _Answers
+    stored: Mapping[str, StoredAnswer]
+    answers: KeptAnswers
     lock: threading.Lock = field(default_factory=threading.Lock)
     made: list["DeviceSnapshot"] = field(default_factory=list)
 
@@ -71,7 +72,11 @@ class DeviceSnapshot:
     gzipped: bytes
 
 
-_NOTHING = _Device(_Answers({}))
+def _device(stored: Mapping[str, StoredAnswer]) -> _Device:
+    return _Device(stored, KeptAnswers(_Stored(stored)))
+
+
+_NOTHING = _device({})
 
 
 class AnswerBook:
@@ -192,7 +197,7 @@ class AnswerBook:
             by_device.setdefault(found.device_key, {})[found.problem_key] = found
         devices = dict(before)
         for key, stored in by_device.items():
-            devices[key] = _Device(_Answers({**devices.get(key, _NOTHING).answers.stored, **stored}))
+            devices[key] = _device({**devices.get(key, _NOTHING).stored, **stored})
         self._devices, self._newest, self.replies, self.pieces = devices, newest, {}, {}
 
     def start(self) -> None:

@@ -90,7 +90,7 @@ def used(problem: Problem, device: torch.device) -> Used:
         client = client_for(device)
     except (DeviceError, SettingsError):  # no answers here, and `resolve` has said so
         return Used.nobodys()
-    return client.used(client.answer(problem))
+    return client.used(client.table.lookup(problem))
 
 
 def answer(problem: Problem, device: torch.device | str = "auto") -> Answer:
