@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import getpass
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,15 @@ DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cu
 
 
 def database_url(given: str | None) -> str:
-    """Return the database to use; makes the data folder of the default one."""
+    """Return the database to use: given, that of the file TILEWISE_DB_FILE, or the default, whose folder is made."""
     from tilewise.client import paths
     from tilewise.domain.errors import DatabaseError
 
     if given is not None:
         return given
+    file = os.environ.get("TILEWISE_DB_FILE")
+    if file:
+        return secret_of(Path(file))
     folder = paths.data_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from tilewise.domain.errors import SettingsError
@@ -84,11 +85,12 @@ class Settings:
         token: str | None = None,
         timeout: float | None = None,
     ) -> Self:
-        """Return the settings of TILEWISE_SOURCE, _SNAPSHOT, _TOKEN, _TIMEOUT and _SNAPSHOT_KEY; arguments win."""
+        """Return the settings of TILEWISE_SOURCE, _SNAPSHOT, _TOKEN (or the file _TOKEN_FILE), _TIMEOUT and
+        _SNAPSHOT_KEY; arguments win."""
         return cls(
             source=source if source is not None else _variable("TILEWISE_SOURCE"),
             snapshot=snapshot if snapshot is not None else _variable("TILEWISE_SNAPSHOT"),
-            token=token if token is not None else _variable("TILEWISE_TOKEN"),
+            token=token if token is not None else _variable("TILEWISE_TOKEN") or _secret("TILEWISE_TOKEN_FILE"),
             timeout=timeout if timeout is not None else _seconds("TILEWISE_TIMEOUT"),
             key=_variable("TILEWISE_SNAPSHOT_KEY"),
         )
@@ -115,6 +117,18 @@ def without_secrets(url: str) -> str:
 
 def _variable(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
+
+
+def _secret(name: str) -> str | None:
+    """Return what the file named by a variable holds; None without it. Raises SettingsError if it cannot be read."""
+    path = _variable(name)
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise SettingsError(f"{name}: cannot read {path} ({reason}); correct the path or its rights") from error
 
 
 def _seconds(name: str) -> float:
