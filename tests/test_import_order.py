@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "api": ({"domain", "db"}, {"fastapi", "starlette", "pydantic", "jinja2", "uvicorn", "prometheus_client"}),
     "bench": (
         {"domain", "kernels", "layers", "tuner", "client", "db", "api"},
-        {"torch", "matplotlib", "httpx", "sqlalchemy"},
+        {"torch", "matplotlib", "httpx", "sqlalchemy", "fastapi"},
     ),
     "cli": (
         {"domain", "kernels", "client", "layers", "db", "tuner", "api", "bench"},

@@ -82,8 +82,9 @@ def _wheel(package: metadata.Distribution, folder: Path) -> None:
     stem = f"{package.metadata['Name'].replace('-', '_')}-{package.version}"
     with zipfile.ZipFile(folder / f"{stem}-{python}-{abi}-{platforms}.whl", "w") as archive:
         for file in package.files or []:
-            if not str(file).startswith("..") and "__pycache__" not in str(file) and file.locate().is_file():
-                archive.write(str(file.locate()), str(file))
+            place = Path(str(file.locate()))
+            if not str(file).startswith("..") and "__pycache__" not in str(file) and place.is_file():
+                archive.write(place, str(file))
 
 
 @dataclass
