@@ -5,6 +5,7 @@ anything changed, and at once after a write of this process. While the database 
 """
 
 import gzip
+import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from tilewise.domain.answer import Answer
 from tilewise.domain.errors import DatabaseError
 from tilewise.domain.matching import KeptAnswers, match
 from tilewise.domain.problem import Problem
-from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.snapshot import file_of
 from tilewise.domain.software import Software
 
 FOLLOW_SECONDS = 0.25
@@ -110,8 +111,8 @@ class AnswerBook:
         device = self._device(device_key)
         with device.lock:
             if not device.made:
-                made = Snapshot.of(device.answers.values())
-                device.made.append(DeviceSnapshot(made.id, gzip.compress(made.dumps(), 6, mtime=0)))
+                id_, file = file_of(json.loads(stored.text) for stored in device.stored.values())
+                device.made.append(DeviceSnapshot(id_, gzip.compress(file, 6, mtime=0)))
             return device.made[0]
 
     def snapshot_with_id(self, snapshot_id: str) -> DeviceSnapshot | None:

@@ -14,7 +14,7 @@ from tilewise.domain.trial import Outcome
 
 from . import documents
 from .dependencies import DatabaseOfApp, OfDevice, OfProblem
-from .errors import responses
+from .errors import ParameterError, responses
 
 router = APIRouter(prefix="/v1", tags=["lists"])
 _errors = responses(422, 500, 503)
@@ -76,8 +76,10 @@ def trials(
     cursor: documents.Cursor = None,
     limit: documents.Limit = 50,
 ) -> Response:
-    """Everything that was tried. Sorted by `median_ms`, only trials that were timed are listed."""
+    """Everything that was tried. Sorted by `median_ms`, for one problem, only trials that were timed are listed."""
     sort = TrialSort(order.removeprefix("-"))
+    if sort is TrialSort.MEDIAN and problem is None:
+        raise ParameterError("order", "medians are compared within one problem only; give `problem`, or order by id")
     after = documents.read_cursor(cursor, (int,) if sort is TrialSort.ID else (float, int))
     with database.read() as session:
         page = TrialRepository(session).page(

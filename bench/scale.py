@@ -65,26 +65,23 @@ def fill(database: Database, size: Size) -> None:
                 outcome=outcome, measurement=measured if outcome is Outcome.OK else None, job=job.id,
             )  # fmt: skip
             TrialRepository(session).add(trial, problem=problems[0], device_key=DEVICE, software=Software())
+    # the two trials above, once more for every answer of another
     names = (
-        "problem_key, device_key, software_digest, job_id, attempt, backend, candidate, candidate_digest, stage, "
-        "outcome, median_ms, ratio, measurement, error, message, seconds, tried"
+        "software_digest, job_id, attempt, backend, candidate, candidate_digest, stage, outcome, ratio, measurement, "
+        "error, message, seconds, tried"
     )
-    made = names.replace("problem_key, device_key", "answers.problem_key, answers.device_key").replace(
-        "median_ms", "median_ms * (1 + random())"
+    kinds = ", ".join(f"kind.{name}" for name in names.split(", "))
+    statement = (
+        f"INSERT INTO trials (problem_key, device_key, median_ms, {names}) "
+        f"SELECT answers.problem_key, answers.device_key, kind.median_ms * (1 + random()), {kinds} "
+        "FROM answers, (SELECT * FROM trials ORDER BY id LIMIT 2) AS kind, generate_series(1, :times)"
     )
     with database.write() as session:
-        for source in (f"SELECT {names} FROM trials ORDER BY id LIMIT 2",):
-            session.execute(
-                text(
-                    f"INSERT INTO trials ({names}) SELECT {made.replace('software_digest', 'kind.software_digest')} "
-                    f"FROM answers, ({source.replace('problem_key, device_key, ', '')}) AS kind, "
-                    f"generate_series(1, {size.trials // size.answers // 2})"
-                )
-            )
+        session.execute(text(statement), {"times": size.trials // size.answers // 2})
         session.execute(text("ANALYZE"))
 
 
-def cursor_at(client: TestClient, query: str, values: list[Any]) -> str:
+def cursor_at(query: str, values: list[Any]) -> str:
     """Return the page of a list that begins behind a position."""
     return f"{query}&cursor={base64.urlsafe_b64encode(json.dumps(values).encode()).decode()}"
 
@@ -96,9 +93,10 @@ def pages(client: TestClient, size: Size) -> dict[str, float]:
     filters = ["", f"&device={DEVICE}", f"&problem={key}", "&backend=flex", "&outcome=failed"]
     combined = [*filters, f"&device={OTHER}&problem={key}&outcome=ok", "&backend=nothing", "&outcome=timed_out"]
     asked = [f"/v1/trials?limit=200&order={order}{one}" for one in combined for order in ("-id", "id")]
-    asked += [f"/v1/trials?limit=200&order={order}{one}" for one in filters for order in ("median_ms", "-median_ms")]
-    asked += [cursor_at(client, f"/v1/trials?limit=200{one}", [place]) for one in filters for place in (middle, 300)]
-    asked += [cursor_at(client, "/v1/trials?limit=200&order=median_ms", [0.75, 0])]
+    medians = [f"/v1/trials?limit=200&problem={key}&order={order}" for order in ("median_ms", "-median_ms")]
+    asked += [f"{path}{one}" for path in medians for one in ("", f"&device={OTHER}", "&backend=flex", "&outcome=ok")]
+    asked += [cursor_at(f"/v1/trials?limit=200{one}", [place]) for one in filters for place in (middle, 300)]
+    asked += [cursor_at(path, [0.75, 0]) for path in medians]
     asked += [f"/v1/problems?limit=200{one}" for one in ("", "&q=h320", "&head_dim=128", "&order=-key", "&q=nothing")]
     asked += [f"/v1/jobs?limit=200{one}" for one in ("", "&state=queued", "&state=failed", f"&device={OTHER}")]
     asked += ["/v1/devices?limit=200", "/v1/snapshots", "/v1/demand", "/", "/?q=h320&sort=speedup&page=9", "/?page=150"]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import enum
+import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, Text, cast, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from tilewise.domain import codec
@@ -80,15 +81,15 @@ class AnswerChange:
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """A standing answer whose document is read when it is first looked at: reading thousands takes seconds."""
+    """A standing answer whose text is read when it is first looked at: reading thousands takes seconds."""
 
     device_key: str
     problem_key: str
-    _document: Any
+    text: str
 
     @cached_property
     def answer(self) -> Answer:
-        return codec.from_json(Answer, self._document)
+        return codec.from_json(Answer, json.loads(self.text))
 
 
 class AnswerRepository:
@@ -114,7 +115,7 @@ class AnswerRepository:
     def changed_since(self, number: int) -> tuple[StoredAnswer, ...]:
         """Return the answers that changed since `newest` was `number`, each as it stands now."""
         query = (
-            select(AnswerRow.device_key, AnswerRow.problem_key, AnswerRow.document)
+            select(AnswerRow.device_key, AnswerRow.problem_key, cast(AnswerRow.document, Text))
             .join(
                 AnswerChangeRow,
                 (AnswerChangeRow.device_key == AnswerRow.device_key)
@@ -213,11 +214,21 @@ class AnswerRepository:
         matching = _matching(search)
         total = self._session.scalar(select(func.count()).select_from(matching.subquery()))
         column = _COLUMNS[sort]
-        order = column.desc() if descending else column.asc()
+        order = (
+            (column.desc() if descending else column.asc()).nulls_last(),
+            AnswerRow.device_key,
+            AnswerRow.problem_key,
+        )
+        # the page by its keys first: sorting whole documents takes ten times as long
+        keys = matching.order_by(*order).offset(offset).limit(limit).subquery()
         rows = self._session.execute(
-            matching.order_by(order.nulls_last(), AnswerRow.device_key, AnswerRow.problem_key)
-            .offset(offset)
-            .limit(limit)
+            select(AnswerRow.document, AnswerRow.updated, ProblemRow.forward_flops)
+            .join(
+                keys,
+                (keys.c.device_key == AnswerRow.device_key) & (keys.c.problem_key == AnswerRow.problem_key),
+            )
+            .join(ProblemRow, ProblemRow.key == AnswerRow.problem_key)
+            .order_by(*order)
         )
         listed = tuple(
             ListedAnswer(
@@ -252,8 +263,8 @@ def _about(device_key: str, problem: Problem) -> tuple[ColumnElement[bool], Colu
     return AnswerRow.device_key == device_key, AnswerRow.problem_key == problem.key
 
 
-def _matching(search: str) -> Select[Any]:
-    query = select(AnswerRow.document, AnswerRow.updated, ProblemRow.forward_flops).join(
+def _matching(search: str) -> Select[str, str]:
+    query = select(AnswerRow.device_key, AnswerRow.problem_key).join(
         ProblemRow, ProblemRow.key == AnswerRow.problem_key
     )
     text = func.lower(AnswerRow.problem_key + " " + AnswerRow.device_key + " " + AnswerRow.backend)

@@ -150,7 +150,7 @@ class TrialRow(Base):
         Index(None, "backend", "id"),
         Index(None, "outcome", "id"),
         Index(None, "job_id", "id"),
-        Index(None, "median_ms", "id"),
+        Index(None, "problem_key", "median_ms", "id"),
     )
 
     id: Mapped[int] = mapped_column(RowId, primary_key=True)

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from tilewise.domain import codec
 from tilewise.domain.config import Candidate
+from tilewise.domain.errors import SettingsError
 from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 from tilewise.domain.trial import Measurement, NumericError, Outcome, Stage, Trial
@@ -106,7 +107,12 @@ class TrialRepository:
         after: Position | None = None,
         limit: int = 50,
     ) -> Page[ListedTrial]:
-        """Return a page of all trials; each filter narrows it."""
+        """Return a page of all trials; each filter narrows it.
+
+        Raises SettingsError for a list of all problems by their medians, which say nothing beside each other.
+        """
+        if sort is TrialSort.MEDIAN and problem is None:
+            raise SettingsError("order: medians are compared within one problem only; name it, or order by id")
         query = select(*TrialRow.__table__.columns)
         wanted = {
             TrialRow.problem_key: None if problem is None else problem.key,

@@ -8,7 +8,7 @@ landscapes. A kernel that no landscape was measured of has no model, and its pla
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from .answer import Answer
@@ -16,6 +16,7 @@ from .problem import MAX_DECODE_Q_LEN, Problem
 
 # Beyond it nothing was fitted: a factor of 8 in one size, or of 2 in three.
 MAX_DISTANCE = 3.0
+_SIZES = ("batch", "heads", "kv_heads", "q_len", "kv_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ MODELS: Mapping[str, NearModel] = {
 
 def group(problem: Problem) -> Hashable:
     """Return what must be the same of two problems for one to be near the other: all but batch, heads and lengths."""
-    return replace(problem, batch=1, heads=1, kv_heads=1, q_len=1, kv_len=1), problem.q_len <= MAX_DECODE_Q_LEN
+    same = tuple(getattr(problem, field.name) for field in fields(problem) if field.name not in _SIZES)
+    return *same, problem.q_len <= MAX_DECODE_Q_LEN
 
 
 def distance(one: Problem, other: Problem) -> float:

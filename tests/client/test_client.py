@@ -22,7 +22,7 @@ from ..domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 from .conftest import client
 from .server import Service
 
-OTHER = replace(PROBLEM, batch=7)
+OTHER = replace(PROBLEM, head_dim=32, v_head_dim=32)
 NEWER = Snapshot.of([answer(), answer(OTHER)])
 
 

@@ -281,9 +281,17 @@ class TestPages:
                 trials.add(made, problem=OTHER if number < 7 else PROBLEM, device_key=DEVICE, software=SOFTWARE)
         return database
 
-    @pytest.mark.parametrize("sort", TrialSort)
     @pytest.mark.parametrize("descending", [False, True])
-    @pytest.mark.parametrize("filters", [{}, {"backend": "sdpa"}, {"outcome": Outcome.OK, "problem": PROBLEM}])
+    @pytest.mark.parametrize(
+        ("sort", "filters"),
+        [
+            (TrialSort.ID, {}),
+            (TrialSort.ID, {"backend": "sdpa"}),
+            (TrialSort.ID, {"outcome": Outcome.OK, "problem": PROBLEM}),
+            (TrialSort.MEDIAN, {"problem": PROBLEM}),
+            (TrialSort.MEDIAN, {"problem": PROBLEM, "backend": "sdpa"}),
+        ],
+    )
     def test_pages_of_trials_hold_each_once_in_order(
         self, filled: Database, sort: TrialSort, descending: bool, filters: dict[str, object]
     ) -> None:

@@ -68,6 +68,12 @@ def test_another_kind_of_problem_is_never_near(change: dict[str, object]) -> Non
     assert asked(replace(PROBLEM, **change)).match is Match.DEFAULT  # type: ignore[arg-type]
 
 
+def test_masks_that_broadcast_otherwise_are_not_near() -> None:
+    whole = Problem(batch=2, heads=8, q_len=64, head_dim=64, mask="bias")
+    assert group(whole) != group(replace(whole, mask="bias.q1"))
+    assert group(whole) == group(replace(whole, batch=4, q_len=128))
+
+
 def test_the_nearest_is_taken_and_stale_comes_before() -> None:
     far = replace(PROBLEM, batch=4)
     kept = {**KEPT, far.key: answer(far)}

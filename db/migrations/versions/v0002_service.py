@@ -119,7 +119,7 @@ def upgrade() -> None:
     op.drop_index("ix_trials_job_id", "trials")
     op.create_index("ix_trials_backend_id", "trials", ["backend", "id"])
     op.create_index("ix_trials_job_id_id", "trials", ["job_id", "id"])
-    op.create_index("ix_trials_median_ms_id", "trials", ["median_ms", "id"])
+    op.create_index("ix_trials_problem_key_median_ms_id", "trials", ["problem_key", "median_ms", "id"])
     op.create_index("ix_trials_outcome_id", "trials", ["outcome", "id"])
     op.create_index("ix_trials_problem_key_id", "trials", ["problem_key", "id"])
 
@@ -127,7 +127,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_index("ix_trials_problem_key_id", "trials")
     op.drop_index("ix_trials_outcome_id", "trials")
-    op.drop_index("ix_trials_median_ms_id", "trials")
+    op.drop_index("ix_trials_problem_key_median_ms_id", "trials")
     op.drop_index("ix_trials_job_id_id", "trials")
     op.drop_index("ix_trials_backend_id", "trials")
     op.create_index("ix_trials_job_id", "trials", ["job_id"])
