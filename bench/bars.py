@@ -173,9 +173,18 @@ def bars(kind: DeviceKind, dtype: Dtype) -> tuple[Bar, ...]:
     )
 
 
+def judging(problem: Problem, kind: DeviceKind) -> tuple[str, ...]:
+    """Return the backends without which a bar of `problem` cannot be judged, however slow they are."""
+    return tuple(dict.fromkeys(name for bar in _of(problem, kind) for name in bar.rivals if name != COPY))
+
+
+def _of(problem: Problem, kind: DeviceKind) -> list[Bar]:
+    return [bar for bar in bars(kind, problem.dtype) if any(cell.problem == problem for cell in bar.cells)]
+
+
 def peers(problem: Problem, kind: DeviceKind) -> tuple[str, ...]:
     """Return the backends that ours is measured against: those its bars name, else every one of the device."""
-    of_problem = [bar for bar in bars(kind, problem.dtype) if any(cell.problem == problem for cell in bar.cells)]
+    of_problem = _of(problem, kind)
     wanted = [name for bar in of_problem for name in (bar.rivals + bar.shown if bar.rivals else TORCH[kind])]
     everyone = TORCH[kind] + (NOT_TORCH if kind is DeviceKind.CUDA else ())
     return tuple(name for name in dict.fromkeys(wanted) if name != COPY) if of_problem else everyone

@@ -19,7 +19,7 @@ from tilewise.tuner.trying import Bench
 
 from . import decode
 from .ahead import compile_ahead
-from .bars import OURS, Cell, peers
+from .bars import OURS, Cell, judging, peers
 from .core_report import Broken
 from .peers import configs as peer_configs
 from .portfolio import candidates
@@ -189,13 +189,14 @@ class Table:
         return sorted(right, key=_ratio)
 
     def _finalists(self) -> tuple[Candidate, ...]:
-        """Return the reference, our best and our default, and the best of each peer that is not far behind."""
+        """Return the reference, our best and our default, and the best of each peer not far behind or of a bar."""
         mine = self._right(self._name)
         default = [trial for trial in mine if trial.candidate == self._ours[0]]
         backends = dict.fromkeys(candidate.backend for candidate in self._trials if candidate.backend != self._name)
         best = [found[0] for name in backends if (found := self._right(name))]
-        furthest = SLOW * min(map(_ratio, best))
-        entrants = [*mine[:FINALISTS], *default, *(trial for trial in best if _ratio(trial) <= furthest)]
+        furthest, named = SLOW * min(map(_ratio, best)), judging(self._problem, self._shared.run.device.kind)
+        near = (trial for trial in best if _ratio(trial) <= furthest or trial.candidate.backend in named)
+        entrants = [*mine[:FINALISTS], *default, *near]
         return tuple(dict.fromkeys([self._bench.reference, *(trial.candidate for trial in entrants)]))
 
     def _final(self) -> Row:

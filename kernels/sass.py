@@ -1,8 +1,9 @@
 """What to look for in machine code: operands of wgmma that ptxas overwrites while a loop still needs them.
 
-ptxas 12.8, of Triton 3.6 and 3.7, does this to the left side of a product that a loop takes from registers and never
-changes, seen in dkdv with keys and values there (docs/notes/triton.md): from the second iteration on, the product is of
-something else. A search rejects such a config, whose results are wrong; a default is not checked where it runs.
+ptxas 12.8, of Triton 3.6 and 3.7, does this to the left side of a product that a loop takes from registers, where it
+came before the loop: in dkdv (keys and values) a product's result lands there, in a forward of one loop (queries) the
+weights do (docs/notes/triton.md). From the second iteration on, the product is of something else. A search rejects such
+a config, whose results are wrong; a default is not checked where it runs.
 """
 
 import re
@@ -21,6 +22,7 @@ _PRODUCT = re.compile(
 )
 _RESULT = re.compile(r"([A-Z0-9_]+)((?:\.\w+)*) (?:P\w+, )?R(\d+)")
 _NO_RESULT = ("ST", "RED", "LDGSTS", "SYNCS", "BAR", "BRA", "R2UR", "UTMA", "WARPGROUP")
+_LOADS = ("LDSM", "LDS", "LDG", "LDL")
 _LEFT_REGISTERS = 4  # of a thread, of 64 x 16 half-precision elements
 
 
@@ -32,7 +34,7 @@ class _Product:
 
 
 def overwritten(cubin: bytes) -> frozenset[int]:
-    """Return the registers that hold the left side of a product in a loop, unchanged, and a fresh product in it too.
+    """Return the registers that hold the left side of a product from before a loop, and something else from in it.
 
     Empty for code without wgmma. Raises subprocess.CalledProcessError where nvdisasm cannot read `cubin`.
     """
@@ -49,7 +51,7 @@ def _disassembled(cubin: bytes) -> list[str]:
 
 
 def _loops(lines: list[str]) -> Iterator[list[str]]:
-    """Yield the instructions from a label to each branch back to it."""
+    """Yield the instructions from a label to each branch back to it, but for those of waits behind the end."""
     labels: dict[str, int] = {}
     found: list[str] = []
     for line in lines:
@@ -58,23 +60,28 @@ def _loops(lines: list[str]) -> Iterator[list[str]]:
         elif instruction := _INSTRUCTION.match(line):
             found.append(instruction[2])
             target = re.match(r"BRA `\((\.L\w+)\)", instruction[2])
-            if target and target[1] in labels:
+            if target and target[1] in labels and "EXIT" not in found[labels[target[1]] :]:
                 yield found[labels[target[1]] :]
 
 
 def _overwritten_in(loop: list[str]) -> frozenset[int]:
-    products = {place: product for place, line in enumerate(loop) if (product := _product(line))}
-    fresh = frozenset[int]().union(*(each.result for each in products.values() if each.fresh))
+    """Return what a fresh product takes from before the loop, and the loop writes though it does not load it anew."""
     written: set[int] = set()
-    unchanged: set[int] = set()
-    for place, line in enumerate(loop):
-        product = products.get(place)
-        if product is not None:
-            unchanged |= product.left - written
-            written |= product.result
-        else:
-            written.update(_results(line))
-    return fresh & unchanged
+    before: set[int] = set()
+    loaded: set[int] = set()
+    scores: frozenset[int] = frozenset()  # the result of the last fresh product, to which more may be added
+    for line in loop:
+        product = _product(line)
+        if product is None:
+            results = _results(line)
+            written.update(results)
+            loaded.update(results if line.startswith(_LOADS) else ())
+            continue
+        scores = product.result if product.fresh else scores
+        # what is added to other results may come from the iteration before, as weights of a pipelined loop do
+        before |= product.left - written if product.result == scores else frozenset()
+        written |= product.result
+    return frozenset(before & written - loaded)
 
 
 def _product(line: str) -> _Product | None:

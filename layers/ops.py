@@ -168,7 +168,7 @@ def _attention(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     prepared, resolved = prepare(*given, options, False, False)
     *_, return_lse, strict = options
     out, lse = run_resolved(prepared, resolved, run.run, strict=strict)
-    return _dense(out), _dense(lse) if lse is not None and return_lse else _nothing(out)
+    return _dense(out), _dense(lse) if lse is not None and return_lse else _no_lse(out)
 
 
 def _attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -224,7 +224,7 @@ def _decode(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     window = None if window is None else tuple(window)
     out, lse = decoding.attend(query, key_cache, value_cache, lengths, block_table, window, *rest)
     *_, return_lse, _backend, _strict = rest
-    return _dense(out), _dense(lse) if lse is not None and return_lse else _nothing(out)
+    return _dense(out), _dense(lse) if lse is not None and return_lse else _no_lse(out)
 
 
 def _number(ran: run.Ran) -> int:
@@ -246,6 +246,10 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 def _nothing(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0)
+
+
+def _no_lse(out: torch.Tensor) -> torch.Tensor:
+    return out.new_empty(0, dtype=torch.float32)
 
 
 # what is promised of it

@@ -9,7 +9,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,27 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A missing GPU is the one thing that may skip a test."""
-    if has_cuda():
-        return
+    """A missing GPU is the one thing that may skip a test. Where one is, unpinned libraries warn of each other."""
+    alone = pytest.mark.filterwarnings("default") if has_cuda() else pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(alone)
+
+
+@pytest.fixture
+def no_waiting() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which whatever waits for the GPU raises; torch warns that it may miss some."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    return context
 
 
 @pytest.fixture(autouse=True)

@@ -182,6 +182,7 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Parameter("tma", (False, True) if tiles.tma else (False,), ordered=False),
             *([Parameter("in_registers", (False, True), ordered=False)] if tiles.tma else []),
             *([Parameter("padded", (False, True), ordered=False)] if tiles.narrow and tiles.tma else []),
+            *([Parameter("one_loop", (False, True), ordered=False)] if _may_visit_at_once(role, tiles) else []),
         ),
         constraints=(
             Constraint("its tiles exceed the shared memory of a block", fits),
@@ -189,9 +190,18 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Constraint(f"a warp would have fewer than {least_rows} rows", enough_rows),
             Constraint("only tiles through TMA are padded before", lambda v: not v.get("padded") or bool(v["tma"])),
             Constraint("only a warpgroup has the choice to keep tiles in registers", may_stay),
+            Constraint(
+                "in one loop ptxas overwrites queries in registers",
+                lambda v: not (v.get("one_loop") and v.get("in_registers")),
+            ),
         ),
         default=_default(role, tiles),
     )
+
+
+def _may_visit_at_once(role: str, tiles: Tiles) -> bool:
+    """Whether borders and inside may be one loop; of packed sequences it would have to clear every tile."""
+    return role == "forward" and not tiles.packed
 
 
 # (block_m, block_n, num_warps, num_stages) by role, for rows of at most so many bytes.
@@ -225,4 +235,6 @@ def _default(role: str, tiles: Tiles) -> Config:
         sizes["in_registers"] = tma and role != "dkdv" and by_warpgroup(tiles.capability, num_warps, block_m)
     if tiles.narrow and tiles.tma:
         sizes["padded"] = False
+    if _may_visit_at_once(role, tiles):
+        sizes["one_loop"] = False
     return Config.of(f"triton_{role}", tma=tma, **sizes)

@@ -118,6 +118,8 @@ def _visit(
     keys,  # Rows
     values,  # Rows
     start,
+    inside_start,
+    inside_stop,
     stop,
     o_m,
     by,  # Scoring
@@ -127,6 +129,7 @@ def _visit(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BORDER: tl.constexpr,
+    ASK: tl.constexpr,
     MASK: tl.constexpr,
     ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -136,7 +139,11 @@ def _visit(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold keys start..stop into the accumulator; BORDER: mask by window and length."""
+    """Fold keys start..stop into the accumulator.
+
+    BORDER: a tile may need to be compared with window and length. ASK: but only if it lies outside
+    inside_start..inside_stop.
+    """
     log2e: tl.constexpr = 1.4426950408889634
     o_row = o_m[:, None]
     for first in range(start, stop, BLOCK_N):
@@ -147,11 +154,14 @@ def _visit(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if FOLD:  # nothing but a positive scale
             factor = by.scale * log2e
-            if BORDER:
-                b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
         else:
             factor = log2e
-            b_s, _ = scores(b_s, b_mask, o_row, o_key, by, MASK, ALIBI, SOFTCAP, BORDER)
+            b_s, _ = scores(b_s, b_mask, o_row, o_key, by, MASK, ALIBI, SOFTCAP, False)
+        if ASK:
+            if (first < inside_start) | (first >= inside_stop):
+                b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
+        elif BORDER:
+            b_s = tl.where(in_reach(o_row, o_key, by), b_s, -float("inf"))
         # the factor goes into the exponent, one fused multiply-add per score
         b_new = tl.maximum(b_peak, tl.max(b_s, 1) * factor)
         # a row that has seen no key yet has the peak -inf: subtract 0 there, so that exp2 gives 0 and not NaN
@@ -228,6 +238,7 @@ def attention_forward(
     WIDE: tl.constexpr,  # whether value is a wide_descriptor
     IN_REGISTERS: tl.constexpr,  # whether query is to stay there
     VARLEN: tl.constexpr,
+    ONE_LOOP: tl.constexpr,  # whether borders and inside are visited in one
     PRECISION: tl.constexpr,
 ):
     """Grid (batch * heads * blocks of queries). The last dimension of every tensor has stride 1."""
@@ -273,19 +284,25 @@ def attention_forward(
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    if LEFT:
+    if ONE_LOOP:
         b_acc, b_sum, b_peak = _visit(
-            b_acc, b_sum, b_peak, b_q, keys, values, start, inside_start, o_m, by, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-            True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
+            b_acc, b_sum, b_peak, b_q, keys, values, start, inside_start, inside_stop, stop, o_m, by, D, DV, BLOCK_D,
+            BLOCK_DV, BLOCK_N, True, True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
         )  # fmt: skip
-    b_acc, b_sum, b_peak = _visit(
-        b_acc, b_sum, b_peak, b_q, keys, values, inside_start, inside_stop, o_m, by, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-        False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
-    )  # fmt: skip
-    b_acc, b_sum, b_peak = _visit(
-        b_acc, b_sum, b_peak, b_q, keys, values, inside_stop, stop, o_m, by, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-        True, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
-    )  # fmt: skip
+    else:
+        if LEFT:
+            b_acc, b_sum, b_peak = _visit(
+                b_acc, b_sum, b_peak, b_q, keys, values, start, 0, 0, inside_start, o_m, by, D, DV, BLOCK_D,
+                BLOCK_DV, BLOCK_N, True, False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
+            )  # fmt: skip
+        b_acc, b_sum, b_peak = _visit(
+            b_acc, b_sum, b_peak, b_q, keys, values, inside_start, 0, 0, inside_stop, o_m, by, D, DV, BLOCK_D,
+            BLOCK_DV, BLOCK_N, False, False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
+        )  # fmt: skip
+        b_acc, b_sum, b_peak = _visit(
+            b_acc, b_sum, b_peak, b_q, keys, values, inside_stop, 0, 0, stop, o_m, by, D, DV, BLOCK_D,
+            BLOCK_DV, BLOCK_N, True, False, MASK, ALIBI, SOFTCAP, DROPOUT, FOLD, TMA, VARLEN, PRECISION,
+        )  # fmt: skip
 
     m_seen = b_sum > 0.0
     b_norm = 1.0 / tl.where(m_seen, b_sum, 1.0)
@@ -374,6 +391,7 @@ def launch(call: Call, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
             TMA=tma,
             WIDE=wide,
             IN_REGISTERS=in_registers,
+            ONE_LOOP=bool(config.as_dict().get("one_loop")),
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )

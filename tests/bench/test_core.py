@@ -235,6 +235,18 @@ def run(output: Path, **given: object) -> core.Result:
     return core.run(options(**given), CPU, output, command="tilewise bench core", tell=lambda _: None)
 
 
+@pytest.mark.parametrize("named", [(), ("plain",)])
+def test_rivals_of_a_bar_are_in_the_final_however_slow(
+    named: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bars.judging(FORWARD.cells[0].problem, DeviceKind.CUDA) == FORWARD.rivals
+    assert bars.judging(DECODE.cells[0].problem, DeviceKind.CUDA) == ()
+    monkeypatch.setattr(core, "clock_for", lambda _: CallClock({"plain": 100.0}))
+    monkeypatch.setattr(core_row, "judging", lambda *_: named)
+    (row,) = run(tmp_path / "core.json").report.rows
+    assert ("plain" in {entry.candidate.backend for entry in row.entries}) == bool(named)
+
+
 def test_a_candidate_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = TiledCpu.forward
 
@@ -337,6 +349,7 @@ def test_a_row_on_a_gpu(tmp_path: Path) -> None:
     chosen = core_row.Options(only=(problem,), backends=("sdpa_cudnn", "flex"), configs=2, workers=4)
     said: list[str] = []
     result = core.run(chosen, torch.device("cuda"), tmp_path / "core.json", command="test", tell=said.append)
+    assert result.failed == ()
     (row,) = result.report.rows
     assert {"triton", "flex", "sdpa_cudnn"} <= {entry.candidate.backend for entry in row.entries}
     assert {trial.outcome for trial in row.trials} == {Outcome.OK}

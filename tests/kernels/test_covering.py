@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tilewise.domain.config import Candidate, Config
+from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.device import Device
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels import device as devices
@@ -57,18 +57,19 @@ def test_the_cells_are_what_they_are_called(unit: int) -> None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_small(cell: Cell) -> None:
-    """Tiles smaller than a length, in half of the cells by pointers and in half through TMA."""
+    """Tiles smaller than a length; half of the cells by pointers, half through TMA, half in one loop, in all pairs."""
     batch = 3 if cell.feature == "varlen" else 1 + cell.number % 2
     call = random_call(problem_of(cell, unit=SMALL, batch=batch), HERE, seed=cell.number, empty=True)
     tma, in_registers = cell.number // 4 % 2 == 1 and can_use_tma(), cell.number // 8 % 2 == 1
-    chosen = candidate(*TILES[cell.number % 3], tma=tma, in_registers=in_registers)
+    chosen = candidate(*TILES[cell.number % 3], tma=tma, in_registers=in_registers, one_loop=cell.number // 16 % 2 == 1)
     assert_gradients(call, chosen, keep=dropout_mask(call) if call.problem.dropout else None)
 
 
 def ways(problem: Problem, device: Device) -> list[Candidate]:
     """Return the default, and in half precision every way to load tiles: warp-specialised, through TMA, by pointers.
 
-    Each role takes the default config of its kernel, the other load path its tiles, and what it has not its default.
+    Each role takes the default config of its kernel, the other load path its tiles and one loop, and what it has not
+    its default. With narrow heads the default is through TMA already, so there that way has one loop too.
     """
     default = Triton().default(problem, device)
     if problem.dtype is Dtype.FP32:  # compiles for long
@@ -82,8 +83,12 @@ def ways(problem: Problem, device: Device) -> list[Candidate]:
                 config = spaces["hopper"].default if "hopper" in spaces else spaces["triton"].default
             else:
                 values = spaces["triton"].default.as_dict()
-                flipped = {"tma": not values["tma"], "in_registers": False} if kind == "flipped" else {}
-                changed = {name: value for name, value in flipped.items() if name in values}
+                other: dict[str, Value] = {"in_registers": False, "one_loop": True}
+                if kind == "flipped":
+                    other["tma"] = not values["tma"]
+                elif max(problem.head_dim, problem.v_head_dim) > 64:
+                    other = {}
+                changed = {name: value for name, value in other.items() if name in values}
                 config = Config.of(spaces["triton"].kernel, **{**values, **changed})
             chosen = chosen.with_config(role, config) if config in whole else chosen
         found[chosen] = None
@@ -97,7 +102,12 @@ def test_the_ways_of_each_cell() -> None:
         problem = problem_of(cell, unit=REAL, batch=2)
         chosen = ways(problem, H200)
         assert chosen[0] == Triton().default(problem, H200)
-        assert len(ways(problem, replace(H200, arch="sm_80"))) == 1
+        loops = (
+            cell.dtype is not Dtype.FP32
+            and cell.feature != "varlen"
+            and max(problem.head_dim, problem.v_head_dim) <= 64
+        )
+        assert len(ways(problem, replace(H200, arch="sm_80"))) == 1 + loops
         forwards = {(config.kernel, config.as_dict().get("tma")) for config in map(Candidate.config, chosen) if config}
         if cell.dtype is Dtype.FP32:
             assert len(forwards) == 1

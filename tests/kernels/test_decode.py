@@ -248,10 +248,9 @@ REAL_DIMS = ((128, 128), (64, 64), (56, 56), (80, 80), (192, 128), (256, 256), (
 def test_right_at_real_sizes(number: int, heads: tuple[int, int]) -> None:
     """The default and three other configs, in both dtypes over the cells."""
     dims = REAL_DIMS[number]
-    problem = Problem(
-        **list(REAL.values())[number], heads=heads[0], kv_heads=heads[1], head_dim=dims[0], v_head_dim=dims[1],
-        dtype=(Dtype.FP16, Dtype.BF16)[number % 2],
-    )  # fmt: skip
+    sizes = {"heads": heads[0], "kv_heads": heads[1], "head_dim": dims[0], "v_head_dim": dims[1]}
+    fields = {"q_len": 1, "dtype": (Dtype.FP16, Dtype.BF16)[number % 2], **sizes, **list(REAL.values())[number]}
+    problem = Problem(**fields)
     device = devices.select("cuda")
     space = TritonDecode().spaces(problem, devices.describe(device))["forward"]
     assert space is not None

@@ -1,5 +1,7 @@
 """Packed sequences (cu_seqlens) in every backend: results, all gradients, and who sees whom."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -433,14 +435,11 @@ def test_a_training_step_is_right_at_real_sizes(cell: str, dtype: Dtype, name: s
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["triton", "sdpa", "plain"])
-def test_nothing_waits_for_the_device(name: str) -> None:
+def test_nothing_waits_for_the_device(name: str, no_waiting: Callable[[], AbstractContextManager[None]]) -> None:
     call = random_call(problem_of("causal", dtype=Dtype.FP16, pass_=Pass.TRAINING), HERE, seed=0)
     results_of(call, Candidate(name))  # compile
     leaves = [tensor.detach().requires_grad_() for tensor in (call.query, call.key, call.value)]
     grad_out = grad_of(call)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         out, _ = run(call.with_tensors(*leaves), Candidate(name))
         torch.autograd.grad(out, leaves, grad_out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

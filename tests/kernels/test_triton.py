@@ -201,7 +201,10 @@ def card(shared: int, capability: int = 90) -> Device:
     ids=str,
 )
 def test_torchs_backends_are_right_where_they_say_so(name: str, dtype: Dtype, fields: dict[str, Any]) -> None:
-    """A backend of one kernel may find that it has none; what is computed is right, wholly masked rows included."""
+    """A backend of one kernel may find that it has none; what is computed is right, wholly masked rows included.
+
+    But for the masks of cuDNN's dropout, which are no fair draws along the queries: docs/notes/backends.md.
+    """
     device = devices.select("cuda")
     problem = Problem(**{"batch": 2, "heads": 4, "q_len": 256, "head_dim": 64, "dtype": dtype, **fields})
     if BACKENDS[name].supports(problem, devices.describe(device)) is not None:
@@ -210,7 +213,9 @@ def test_torchs_backends_are_right_where_they_say_so(name: str, dtype: Dtype, fi
     clock = clock_for(device)
     bench = Bench(Checker(problem, device, seed=0), clock, Candidate("sdpa"), job="", attempt=1)
     trial = bench.attempt(Candidate(name), best_ratio=math.inf)
-    expected = (Outcome.OK,) if always else (Outcome.OK, Outcome.UNSUPPORTED)
+    expected = [Outcome.OK] if always else [Outcome.OK, Outcome.UNSUPPORTED]
+    if problem.dropout and name in ("sdpa", "sdpa_cudnn") and trial.error and trial.error.tensor == "dropout by query":
+        expected.append(Outcome.WRONG_RESULT)
     assert trial.outcome in expected, f"{trial.error} {trial.message}"
 
 

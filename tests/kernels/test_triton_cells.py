@@ -24,11 +24,14 @@ from .test_triton import HERE, can_use_tma
 PATHS = [False, True] if can_use_tma() else [False]
 
 
-def candidate(block_m: int, block_n: int, *, tma: bool, in_registers: bool = False) -> Candidate:
+def candidate(
+    block_m: int, block_n: int, *, tma: bool, in_registers: bool = False, one_loop: bool = False
+) -> Candidate:
     """Return one config for all roles; tiles of 16 see every border at these sizes."""
     values: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "num_warps": 1, "num_stages": 1}
     values |= {"tma": tma, "in_registers": in_registers}
-    return Candidate.of("triton", **{role: Config.of(f"triton_{role}", **values) for role in ("forward", "dkdv", "dq")})
+    gradients = {role: Config.of(f"triton_{role}", **values) for role in ("dkdv", "dq")}
+    return Candidate.of("triton", forward=Config.of("triton_forward", **values, one_loop=one_loop), **gradients)
 
 
 def gradients_of(call: Call, chosen: Candidate, grad_out: torch.Tensor) -> tuple[torch.Tensor, ...]:

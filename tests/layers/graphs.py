@@ -14,6 +14,7 @@ ops = torch.ops.tilewise
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "half precision": {"dtype": torch.float16},
     "causal": {"causal": True},
     "window": {"window": (5, 2)},
     "lse": {"causal": True, "return_lse": True},
@@ -26,9 +27,11 @@ CASES: dict[str, dict[str, Any]] = {
 inductor = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def tensors(device: torch.device = CPU, *, group: int = 2, learn: bool = False, seq: int = 24) -> QKV:
+def tensors(
+    device: torch.device = CPU, *, group: int = 2, learn: bool = False, seq: int = 24, dtype: torch.dtype | None = None
+) -> QKV:
     """Query (2, seq, 4, 16), key and value, as views of wider tensors: their strides are not dense."""
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     generator = torch.Generator().manual_seed(0)
     wide = [torch.randn(2, seq, heads, 32, generator=generator) for heads in (4, 4 // group, 4 // group)]
     query, key, value = (tensor.to(device, dtype)[..., :16].requires_grad_(learn) for tensor in wide)
@@ -39,7 +42,8 @@ def arguments(case: str, backend: str, device: torch.device = CPU, *, learn: boo
     """Return what the operators take for one of CASES."""
     options = {**CASES[case]}
     mask = options.get("mask")
-    query, key, value = tensors(device, learn=learn, group=1 if backend == "sdpa_efficient" else 2)
+    group = 1 if backend == "sdpa_efficient" else 2
+    query, key, value = tensors(device, learn=learn, group=group, dtype=options.get("dtype"))
     if mask is not None:
         mask = mask.to(device) if mask.dtype is torch.bool else mask.to(device, query.dtype)
         mask = mask.requires_grad_(learn and options.get("learns", False))
@@ -51,26 +55,27 @@ def arguments(case: str, backend: str, device: torch.device = CPU, *, learn: boo
     )  # fmt: skip
 
 
-def tolerance(device: torch.device) -> dict[str, Any]:
+def tolerance(call: tuple[Any, ...]) -> dict[str, Any]:
     """Fused kernels add up in any order on a GPU."""
-    return {} if device.type == "cpu" else {"rtol": 4e-3, "atol": 4e-3}
+    return {} if call[0].dtype is torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
 
 
 def inference_is_a_proper_operator(backend: str, case: str, device: torch.device) -> None:
-    torch.library.opcheck(ops.attention.default, arguments(case, backend, device), **tolerance(device))
+    call = arguments(case, backend, device)
+    torch.library.opcheck(ops.attention.default, call, **tolerance(call))
 
 
 def training_is_a_proper_operator(backend: str, case: str, device: torch.device) -> None:
     call = arguments(case, backend, device, learn=True)
     bias_grad = CASES[case].get("learns", False)
-    torch.library.opcheck(ops.attention_forward.default, (*call, True, bias_grad), **tolerance(device))
+    torch.library.opcheck(ops.attention_forward.default, (*call, True, bias_grad), **tolerance(call))
     with torch.no_grad():
         out, lse, plan = ops.attention_forward(*call, True, bias_grad)
         needs = [True, True, True, bias_grad]
         # a sum's gradient: stride 0 in every dimension
         grad_out = torch.ones((), dtype=out.dtype, device=device).expand_as(out)
         again = (grad_out, out, lse, plan, needs, *call, True, bias_grad)
-        torch.library.opcheck(ops.attention_backward.default, again, **tolerance(device))
+        torch.library.opcheck(ops.attention_backward.default, again, **tolerance(call))
 
 
 def compiled(function: Callable[..., Any], backend: Any = "aot_eager", **options: Any) -> Callable[..., Any]:

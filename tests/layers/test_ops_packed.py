@@ -48,7 +48,7 @@ def packed_is_a_proper_operator(backend: str, device: torch.device, **options: A
     seed = torch.tensor(3) if dropout else None
     tail = (0.0, dropout, None, True, None, "bshd", "ieee", False, backend, True, True)
     call = (*leaves, None, None, *given["cu_seqlens"], seed, given["max_q"], given["max_kv"], *tail)
-    torch.library.opcheck(ops.attention_forward.default, (*call, True, False), **tolerance(device))
+    torch.library.opcheck(ops.attention_forward.default, (*call, True, False), **tolerance(call))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
