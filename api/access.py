@@ -39,6 +39,8 @@ def needed(method: str, path: str) -> Scope | None:
     """Return the scope that a request needs, None for what is open; whatever is not listed here needs `admin`."""
     if path.startswith(_OPEN):
         return None
+    if path.startswith("/v1/audit"):
+        return Scope.ADMIN
     if method in ("GET", "HEAD") or (method == "POST" and path == "/v1/answers"):
         return Scope.READ
     if method == "POST" and path == "/v1/usage":

@@ -305,3 +305,12 @@ class DemandDocument(BaseModel):
 
 class DemandList(BaseModel):
     items: list[DemandDocument]
+
+
+class AuditEntry(BaseModel):
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    subject: str
+    detail: str

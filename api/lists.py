@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from tilewise.db.demand import DemandRepository
 from tilewise.db.devices import DeviceRepository, ProblemRepository
+from tilewise.db.tokens import AuditRepository
 from tilewise.db.trials import TrialRepository, TrialSort
 from tilewise.domain import codec
 from tilewise.domain.problem import Dtype, Pass
@@ -103,3 +104,11 @@ def demand(database: DatabaseOfApp, device: OfDevice, limit: documents.Limit = 5
     with database.read() as session:
         found = DemandRepository(session).list(device_key=device, limit=limit)
     return documents.written({"items": [{**codec.to_json(one), "lost_ms": one.lost_ms} for one in found]})
+
+
+@router.get("/audit", response_model=documents.Listed[documents.AuditEntry], responses=_errors, summary="Who did what")
+def audit(database: DatabaseOfApp, cursor: documents.Cursor = None, limit: documents.Limit = 50) -> Response:
+    """Every change of jobs, snapshots, channels and tokens, the newest first."""
+    after = documents.read_cursor(cursor, (int,))
+    with database.read() as session:
+        return documents.listed(AuditRepository(session).page(after=after, limit=limit))

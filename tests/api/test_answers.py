@@ -196,6 +196,7 @@ class TestDescription:
             "/v1/answers",
             "/v1/answers/{device_key}",
             "/v1/answers/{device_key}/{problem_key}",
+            "/v1/audit",
             "/v1/channels",
             "/v1/channels/{name}",
             "/v1/channels/{name}/rollback",

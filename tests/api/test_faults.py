@@ -4,6 +4,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -24,9 +25,8 @@ def put(database: Database, expected_version: int = 0) -> None:
         AnswerRepository(session).replace(answer(), expected_version=expected_version, reason="test")
 
 
-@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
-def test_a_killed_service_loses_no_acknowledged_write_and_no_step(database_url: str) -> None:
-    report = faults.killed(database_url, kills=3)
+def test_a_killed_service_loses_no_acknowledged_write_and_no_step(tmp_path: Path) -> None:
+    report = faults.killed(f"sqlite:///{tmp_path / 'tilewise.db'}", kills=3)
     assert (report.lost, report.raised) == (0, ())
     assert report.acknowledged > 10
     assert report.refused > 0

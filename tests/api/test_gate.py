@@ -51,6 +51,7 @@ class TestTokens:
             ("POST", "/v1/jobs", JOB, Scope.TUNE, 201),
             ("DELETE", "/v1/jobs/abc", None, Scope.TUNE, 404),
             ("POST", "/v1/snapshots", {}, Scope.ADMIN, 201),
+            ("GET", "/v1/audit", None, Scope.ADMIN, 200),
             ("PUT", "/v1/channels/stable", {"snapshot": "0" * 64}, Scope.ADMIN, 404),
             ("POST", "/v1/channels/stable/rollback", {}, Scope.ADMIN, 404),
         ],

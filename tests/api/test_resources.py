@@ -63,6 +63,9 @@ class TestJobs:
             ("job.cancel", job["id"]),
             ("job.submit", job["id"]),
         ]
+        first = client.get("/v1/audit", params={"limit": 1}).json()
+        rest = client.get("/v1/audit", params={"cursor": first["next"]}).json()
+        assert [entry["id"] for entry in first["items"] + rest["items"]] == [entry.id for entry in trail]
 
     @pytest.mark.parametrize(
         ("change", "field"),

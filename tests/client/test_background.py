@@ -158,6 +158,21 @@ def test_of_the_processes_of_a_machine_one_asks(service: Service, snapshot: Snap
     assert len(service.requests) <= 2  # rank 0 asks even if a peer was there before it
 
 
+def test_a_clock_that_jumped_makes_no_download_young(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    client(service.address).ready()
+    asked = len(service.requests)
+    client(service.address).ready()  # young: its peer fetched it
+    assert len(service.requests) == asked
+    one = client(service.address)
+    path = one._cache.path(*one._cache_key())
+    for jump in (86_400, -86_400):
+        os.utime(path, (time.time() + jump, time.time() + jump))
+        client(service.address).ready()
+        asked += 1
+        assert len(service.requests) == asked
+
+
 def test_a_peer_that_hangs_with_the_lock_delays_the_others_for_their_limit_only(service: Service) -> None:
     one = client(service.address)
     with one._cache.turn(*one._cache_key(), timeout=5):
