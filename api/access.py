@@ -57,6 +57,7 @@ class Callers:
         self._database, self._required = database, required
         self._tokens: dict[str, Token] = {}
         self._known = False  # whether the tokens were ever read: until then nobody is let in
+        self._away = False
         self._behind = True
         self._stop = threading.Event()
         database.watch(self._fall_behind)
@@ -88,10 +89,12 @@ class Callers:
         try:
             with self._database.read() as session:
                 self._tokens = {token.id: token for token in TokenRepository(session).all()}
-            self._known = True
+            self._known, self._away = True, False
         except DatabaseError as error:
             self._behind = not self._known
-            _log.error("tokens are checked from memory: %s", error)
+            if not self._away:  # said once, not every second
+                _log.error("tokens are checked from memory: %s", error)
+            self._away = True
 
     def start(self) -> None:
         """Follow the database on a daemon thread until `stop`: a revoked token ends within a second or so."""
