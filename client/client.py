@@ -110,9 +110,9 @@ class Client:
                 snapshot = self._fetch(limit)
             except _TROUBLE as error:
                 log.warning("%s. This run keeps its answers (%r).", error, table)
-                self._follow(failed=True)
+                self.follow(failed=True)
                 return table
-            self._follow(failed=False)
+            self.follow(failed=False)
             return self.seal(snapshot, origin=self._source.name)
 
     def seal(self, snapshot: Snapshot, *, origin: str) -> SealedTable:
@@ -133,14 +133,14 @@ class Client:
     def _first(self, limit: float) -> SealedTable:
         pinned = self._pinned_here()
         if pinned is not None:
-            self._follow(failed=False)
+            self.follow(failed=False)
             return self.seal(pinned, origin=f"the last download from {self._source.name}")
         try:
             snapshot = self._fetch(limit)
-            self._follow(failed=False)
+            self.follow(failed=False)
             return self.seal(snapshot, origin=self._source.name)
         except _TROUBLE as error:
-            self._follow(failed=True)
+            self.follow(failed=True)
             if self.settings.snapshot is not None:
                 raise SnapshotError(f"the pinned snapshot {self.settings.snapshot} cannot be had: {error}") from error
             snapshot, origin = self._fallback()
@@ -195,9 +195,10 @@ class Client:
             )
         return verify(snapshot, self.settings.key, name=name)
 
-    # What the background thread calls
+    # The background thread, and what it calls
 
-    def _follow(self, *, failed: bool) -> None:
+    def follow(self, *, failed: bool) -> None:
+        """Let the background thread look after a remote source from now on; soon, where it just failed."""
         if not self._source.local:
             background.follow(self, failed=failed)
 

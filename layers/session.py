@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from tilewise.client.client import Client
 from tilewise.client.settings import Settings
@@ -80,6 +81,8 @@ def _sealed(fetch: Callable[[Client], SealedTable], group: Group, device: torch.
             if error is not None:
                 raise SnapshotError(error)
             table = client.seal(Snapshot.loads(sent, name="what the first rank sent"), origin="the first rank")
+            if dist.get_rank(ranks):  # the first one's does already; each rank tells what it used itself
+                client.follow(failed=False)
         _changed()
         return table
 
