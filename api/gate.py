@@ -29,7 +29,8 @@ _GZIP = [(b"vary", b"Accept-Encoding"), (b"content-encoding", b"gzip")]
 _SECURITY = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-cache")]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_WANTED = (b"authorization", b"x-request-id", b"if-none-match", b"content-length", b"accept-encoding")
+_HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[0-9.]+|[A-Za-z0-9-]+)(:\d+)?")
+_WANTED = (b"host", b"authorization", b"x-request-id", b"if-none-match", b"content-length", b"accept-encoding")
 _log = logging.getLogger("tilewise.api.request")
 # Request ids: random per process, then counted.
 _PROCESS = os.urandom(6).hex().encode()
@@ -92,6 +93,9 @@ class Gate:
                 return None, _too_many(wait) if wait else _unauthorized(api=path.startswith("/v1/"))
             if not caller.allows(scope_needed):
                 detail = f"this token lacks the scope {scope_needed!r}; ask for one that has it"
+                return caller, problem(403, "forbidden", detail)
+            if caller.token is None and not self._settings.any_host and not _HOST.fullmatch(headers.get(b"host", b"")):
+                detail = "without a token this service is asked by its address, not by a name of another domain"
                 return caller, problem(403, "forbidden", detail)
         wait = self._limit.wait(caller.key)
         if wait:

@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import uvicorn
 
@@ -32,7 +33,7 @@ def serve(
     Port 0 takes a free one. Raises SettingsError when the address cannot be taken, or is not only this machine's while
     there is no token and `insecure` does not allow that; and DatabaseError when the database cannot be used.
     """
-    settings = settings or ServiceSettings()
+    settings = replace(settings or ServiceSettings(), any_host=insecure)
     database.check()
     if not insecure and not settings.require_tokens and not _only_here(host) and not _has_token(database):
         raise SettingsError(

@@ -98,6 +98,17 @@ class TestTokens:
             assert client.get(ONE).status_code == 401
             assert client.get(ONE, headers=token(sqlite, Scope.READ)).status_code == 200
 
+    def test_without_a_token_nobody_asks_under_another_domains_name(self, client: TestClient, sqlite: Database) -> None:
+        for host in ("127.0.0.1:8000", "[::1]:8000", "localhost", "192.0.2.7"):
+            assert client.get(ONE, headers={"Host": host}).status_code == 200
+        for host in ("evil.example", "127.0.0.1.evil.example:8000", ""):
+            reply = client.post("/v1/jobs", json=JOB, headers={"Host": host})
+            assert (reply.status_code, reply.json()["type"]) == (403, "urn:tilewise:error:forbidden")
+        with served(sqlite, any_host=True) as open_client:
+            assert open_client.get(ONE, headers={"Host": "tilewise.internal"}).status_code == 200
+        headers = {"Host": "tilewise.internal", **token(sqlite, Scope.READ)}
+        assert client.get(ONE, headers=headers).status_code == 200
+
 
 class TestLimits:
     def test_a_body_has_a_limit_said_or_not(self, sqlite: Database) -> None:
