@@ -12,20 +12,26 @@ from starlette.staticfiles import StaticFiles
 
 import tilewise
 from tilewise.db.session import Database
+from tilewise.db.signature import Signer
 
-from . import answers, dashboard, errors, health
+from . import answers, dashboard, errors, health, jobs, lists, snapshots, usage
+from .access import Callers
 from .answer_book import AnswerBook
-from .security import SecurityHeaders
+from .gate import Gate
+from .metrics import Metrics
+from .settings import ServiceSettings
 
 
 class Service(FastAPI):
     """A FastAPI whose OpenAPI document says that errors are problem+json."""
 
     def openapi(self) -> dict[str, Any]:
-        return errors.describe(super().openapi())
+        if self.openapi_schema is None:
+            self.openapi_schema = errors.describe(super().openapi())
+        return self.openapi_schema
 
 
-def create_app(database: Database) -> FastAPI:
+def create_app(database: Database, settings: ServiceSettings | None = None) -> FastAPI:
     """Return the service over an open database, which stays the caller's to close.
 
     It refuses to start (DatabaseError, SchemaVersionError) on a database that it could not serve from.
@@ -39,13 +45,23 @@ def create_app(database: Database) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    settings = settings or ServiceSettings()
     app.state.database = database
     app.state.answer_book = AnswerBook(database)
+    app.state.callers = Callers(database, required=settings.require_tokens)
+    app.state.metrics = Metrics(database)
+    app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)
     errors.install(app)
-    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=6)
-    app.add_middleware(SecurityHeaders)
-    for router in (answers.router, health.router, dashboard.router):
-        app.include_router(router)
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=1)
+    app.add_middleware(
+        Gate,
+        book=app.state.answer_book,
+        callers=app.state.callers,
+        metrics=app.state.metrics,
+        settings=settings,
+    )
+    for module in (answers, jobs, snapshots, lists, usage, health, dashboard):
+        app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
     return app
 
@@ -53,4 +69,10 @@ def create_app(database: Database) -> FastAPI:
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(app.state.database.check)
+    followers = (app.state.answer_book, app.state.callers)
+    for follower in followers:
+        await run_in_threadpool(follower.refresh)
+        follower.start()
     yield
+    for follower in followers:
+        follower.stop()

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -11,16 +12,23 @@ _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 not_modified: dict[int | str, dict[str, Any]] = {304: {"description": "What the asker has is still right."}}
 
 
-def conditional(
-    body: bytes, if_none_match: str | None, *, tag: str | None = None, media_type: str = "application/json"
-) -> Response:
-    """Return `body` with its ETag, or 304 without it when the asker has it already.
+def tag_of(content: bytes | str) -> str:
+    """Return the ETag of a body, or of the id that changes with it; weak, for the body goes out plain and gzipped."""
+    return f'W/"{content if isinstance(content, str) else hashlib.sha256(content).hexdigest()}"'
 
-    `tag` must change with the body; the body's SHA-256 where it is not given. The ETag is weak, because the same body
-    goes out plain and gzipped.
-    """
-    tag = tag or hashlib.sha256(body).hexdigest()
-    headers = {"ETag": f'W/"{tag}"', "Cache-Control": "no-cache"}
-    if if_none_match is not None and (if_none_match.strip() == "*" or tag in _TAG.findall(if_none_match)):
-        return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type=media_type)
+
+def conditional(
+    body: bytes,
+    if_none_match: str | None,
+    *,
+    tag: str,
+    media_type: str = "application/json",
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Return `body` with its ETag `tag`, or 304 without it when the asker has it already."""
+    own = {"ETag": tag, "Cache-Control": "no-cache", **(headers or {})}
+    known = _TAG.findall(if_none_match or "")
+    if if_none_match is not None and (if_none_match.strip() == "*" or set(_TAG.findall(tag)) & set(known)):
+        own.pop("Content-Encoding", None)
+        return Response(status_code=304, headers=own)
+    return Response(body, headers=own, media_type=media_type)

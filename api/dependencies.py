@@ -5,13 +5,16 @@ from typing import Annotated
 from fastapi import Depends, Path, Query, Request
 
 from tilewise.db.session import Database
+from tilewise.db.signature import Signer
 from tilewise.domain.device import check_device_key
 from tilewise.domain.errors import DeviceError
 from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 
+from .access import Caller
 from .answer_book import AnswerBook
 from .errors import ParameterError
+from .metrics import Metrics
 
 
 def _database(request: Request) -> Database:
@@ -24,15 +27,51 @@ def _answer_book(request: Request) -> AnswerBook:
     return found
 
 
+def _metrics(request: Request) -> Metrics:
+    found: Metrics = request.app.state.metrics
+    return found
+
+
+def _signer(request: Request) -> Signer | None:
+    found: Signer | None = request.app.state.signer
+    return found
+
+
+def _actor(request: Request) -> str:
+    caller: Caller = request.state.caller
+    return caller.name
+
+
+def checked_device(key: str, field: str) -> str:
+    """Return `key`; raises ParameterError, naming the field, where it is no device key."""
+    try:
+        return check_device_key(key)
+    except DeviceError as error:
+        raise ParameterError(field, str(error)) from error
+
+
+def checked_problem(key: str, field: str) -> Problem:
+    """Return the problem of `key`; raises ParameterError, naming the field, where it is none."""
+    try:
+        return Problem.parse(key)
+    except ValueError as error:
+        raise ParameterError(field, str(error)) from error
+
+
+def checked_software(key: str | None, field: str) -> Software | None:
+    """Return the software of `key`, None for None; raises ParameterError, naming the field, where it is none."""
+    try:
+        return None if key is None else Software.parse(key)
+    except ValueError as error:
+        raise ParameterError(field, str(error)) from error
+
+
 def _device_key(
     device_key: Annotated[
         str, Path(max_length=200, description="Key of a device.", examples=["nvidia-h200.sm90.141g.700w"])
     ],
 ) -> str:
-    try:
-        return check_device_key(device_key)
-    except DeviceError as error:
-        raise ParameterError("device_key", str(error)) from error
+    return checked_device(device_key, "device_key")
 
 
 def _problem(
@@ -45,10 +84,7 @@ def _problem(
         ),
     ],
 ) -> Problem:
-    try:
-        return Problem.parse(problem_key)
-    except ValueError as error:
-        raise ParameterError("problem_key", str(error)) from error
+    return checked_problem(problem_key, "problem_key")
 
 
 def _software(
@@ -61,14 +97,37 @@ def _software(
         ),
     ] = None,
 ) -> Software | None:
-    try:
-        return None if software is None else Software.parse(software)
-    except ValueError as error:
-        raise ParameterError("software", str(error)) from error
+    return checked_software(software, "software")
+
+
+def _asked_device(
+    device: Annotated[
+        str | None, Query(max_length=200, description="Only of this device.", examples=["nvidia-h200.sm90.141g.700w"])
+    ] = None,
+) -> str | None:
+    return None if device is None else checked_device(device, "device")
+
+
+def _about_problem(
+    problem: Annotated[
+        str | None,
+        Query(
+            max_length=255,
+            description="Only of this problem.",
+            examples=["inference.fp16.b1.h64.kv8.q4096.k4096.d128.causal"],
+        ),
+    ] = None,
+) -> Problem | None:
+    return None if problem is None else checked_problem(problem, "problem")
 
 
 DatabaseOfApp = Annotated[Database, Depends(_database)]
 AnswerBookOfApp = Annotated[AnswerBook, Depends(_answer_book)]
+MetricsOfApp = Annotated[Metrics, Depends(_metrics)]
+SignerOfApp = Annotated[Signer | None, Depends(_signer)]
+Actor = Annotated[str, Depends(_actor)]
 DeviceKey = Annotated[str, Depends(_device_key)]
 AskedProblem = Annotated[Problem, Depends(_problem)]
 AskedSoftware = Annotated[Software | None, Depends(_software)]
+OfDevice = Annotated[str | None, Depends(_asked_device)]
+OfProblem = Annotated[Problem | None, Depends(_about_problem)]

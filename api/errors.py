@@ -2,6 +2,7 @@
 
 import http
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from tilewise.domain.errors import DatabaseError, DeviceError, ProblemError, TilewiseError
+from tilewise.domain.errors import (
+    ConflictError,
+    DatabaseError,
+    DeviceError,
+    NotFoundError,
+    ProblemError,
+    SettingsError,
+    TilewiseError,
+)
 
 from .security import HEADERS
 
@@ -66,19 +75,43 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ProblemDetails, "description": http.HTTPStatus(status).phrase} for status in statuses}
 
 
+# What the gate may answer before a route is asked.
+_AT_THE_GATE = (401, 403, 413, 429)
+
+
 def describe(document: dict[str, Any]) -> dict[str, Any]:
-    """Give the errors in an OpenAPI document their media type: FastAPI knows only one for all answers of a route."""
-    for path in document["paths"].values():
-        for operation in path.values():
+    """Give the errors in an OpenAPI document their media type (FastAPI knows one for all answers of a route), and every
+    route those of the gate, with the token that it wants."""
+    schema = {"$ref": "#/components/schemas/ProblemDetails"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            at_the_gate = (429,) if path in ("/healthz", "/readyz") else _AT_THE_GATE
+            # a body that is no text at all is refused before it is looked at
+            for status in at_the_gate if "requestBody" not in operation else (400, *at_the_gate):
+                content = {MEDIA_TYPE: {"schema": schema}}
+                found = {"description": http.HTTPStatus(status).phrase, "content": content}
+                operation["responses"].setdefault(str(status), found)
             for status, response in operation["responses"].items():
                 if int(status) >= 400 and "application/json" in response["content"]:
                     response["content"] = {MEDIA_TYPE: response["content"]["application/json"]}
+            if at_the_gate is _AT_THE_GATE:
+                operation["security"] = [{"token": []}, {}]
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     return document
 
 
 async def render(_request: Request, error: Exception) -> JSONResponse:
     """Return the response that tells of `error`."""
     status, name, detail, field = _describe(error)
+    # A mistake of ours is answered outside of the gate, which adds these to everything else.
+    headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
+    return problem(status, name, detail, field, headers=headers)
+
+
+def problem(
+    status: int, name: str, detail: str, field: str | None = None, *, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Return a problem+json response; `name` is the end of its type and never changes."""
     document: dict[str, object] = {
         "type": f"urn:tilewise:error:{name}",
         "title": _TITLES.get(name) or http.HTTPStatus(status).phrase,
@@ -87,17 +120,19 @@ async def render(_request: Request, error: Exception) -> JSONResponse:
     }
     if field is not None:
         document["field"] = field
-    # A mistake of ours is answered outside of the middleware that adds these to everything else.
-    headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
-    return JSONResponse(document, status_code=status, headers=headers, media_type=MEDIA_TYPE)
+    return JSONResponse(document, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
 
 
 def _describe(error: Exception) -> tuple[int, str, str, str | None]:
     match error:
         case ParameterError():
             return 422, "invalid-parameter", str(error), error.field
-        case ProblemError() | DeviceError():
+        case ProblemError() | DeviceError() | SettingsError():
             return 422, "invalid-parameter", str(error), None
+        case NotFoundError():
+            return 404, "not-found", str(error), None
+        case ConflictError():
+            return 409, "conflict", str(error), None
         case RequestValidationError():
             first = error.errors()[0]
             return 422, "invalid-parameter", first["msg"], ".".join(str(part) for part in first["loc"][1:]) or None

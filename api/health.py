@@ -1,8 +1,9 @@
 """Is the process alive, and can it serve?"""
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
-from .dependencies import DatabaseOfApp
+from .dependencies import DatabaseOfApp, MetricsOfApp
 from .errors import responses
 from .schemas import Health
 
@@ -20,3 +21,9 @@ def readyz(database: DatabaseOfApp) -> Health:
     """The database is reachable and has the schema that this version of the service needs."""
     database.check()
     return Health()
+
+
+@router.get("/metrics", response_class=Response, responses=responses(500), summary="Prometheus metrics")
+def metrics(found: MetricsOfApp) -> Response:
+    """Lookups by match, requests and their latency, jobs by state, calls that clients reported."""
+    return Response(found.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

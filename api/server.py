@@ -1,37 +1,78 @@
 """Runs the service in this process."""
 
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import uvicorn
 
 from tilewise.db.session import Database
+from tilewise.db.tokens import TokenRepository
 from tilewise.domain.errors import SettingsError, TilewiseError
 
+from . import log
 from .app import create_app
+from .settings import ServiceSettings
 
 BACKLOG = 2048
 
 
-def serve(database: Database, host: str, port: int, *, announce: Callable[[str], None] = print) -> None:
+def serve(
+    database: Database,
+    host: str,
+    port: int,
+    settings: ServiceSettings | None = None,
+    *,
+    insecure: bool = False,
+    announce: Callable[[str], None] = print,
+) -> None:
     """Serve until interrupted (SIGINT or SIGTERM). `announce` is called once with the URL, when it can be opened.
 
-    Port 0 takes a free one. Raises SettingsError when the address cannot be taken, and DatabaseError when the
-    database cannot be used.
+    Port 0 takes a free one. Raises SettingsError when the address cannot be taken, or is not only this machine's while
+    there is no token and `insecure` does not allow that; and DatabaseError when the database cannot be used.
     """
+    settings = replace(settings or ServiceSettings(), any_host=insecure)
     database.check()
+    if not insecure and not settings.require_tokens and not _only_here(host) and not _has_token(database):
+        raise SettingsError(
+            f"host {host!r} can be reached from other machines, and without a token anybody there could change what "
+            "jobs run: make one with `tilewise tokens create`, or serve with --insecure"
+        )
+    log.configure()
     with contextlib.closing(bind(host, port)) as listening:
         announce(url_of(listening))
         # The access log costs a third of the requests per second.
         config = uvicorn.Config(
-            create_app(database), access_log=False, log_level="warning", server_header=False, ws="none", lifespan="on"
+            create_app(database, settings),
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            # a stream of events that nobody ends must not hold the process
+            timeout_graceful_shutdown=3,
         )
         server = uvicorn.Server(config)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
         if not server.started:
             raise TilewiseError("the service did not start; the lines above say why")
+
+
+def _only_here(host: str) -> bool:
+    """Return whether a listener at `host` is reached from this machine alone."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+    except (OSError, ValueError):
+        return True  # no address at all: `bind` says so in better words
+
+
+def _has_token(database: Database) -> bool:
+    with database.read() as session:
+        return bool(TokenRepository(session).all())
 
 
 def bind(host: str, port: int) -> socket.socket:

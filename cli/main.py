@@ -11,7 +11,7 @@ import typer
 from tilewise import __version__
 from tilewise.domain.errors import ConfigError, ProblemError, SettingsError, TilewiseError
 
-from .commands import answer, bench, database, doctor, landscape, serve, show, tune
+from .commands import answer, bench, database, doctor, jobs, landscape, serve, show, snapshot, tokens, tune, worker
 from .console import err, out
 
 USAGE_ERRORS = (ProblemError, SettingsError, ConfigError)
@@ -44,6 +44,10 @@ app.command("tune")(tune.tune)
 app.command("answer")(answer.answer)
 app.command("show")(show.show)
 app.command("serve")(serve.serve)
+app.command("worker")(worker.worker)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(snapshot.app, name="snapshot")
+app.add_typer(tokens.app, name="tokens")
 app.add_typer(bench.app, name="bench")
 app.add_typer(landscape.app, name="landscape")
 app.add_typer(database.app, name="db")

@@ -1,5 +1,8 @@
 """Options that several commands share."""
 
+import getpass
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,12 +16,15 @@ DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cu
 
 
 def database_url(given: str | None) -> str:
-    """Return the database to use; makes the data folder of the default one."""
+    """Return the database to use: given, that of the file TILEWISE_DB_FILE, or the default, whose folder is made."""
     from tilewise.client import paths
     from tilewise.domain.errors import DatabaseError
 
     if given is not None:
         return given
+    file = os.environ.get("TILEWISE_DB_FILE")
+    if file:
+        return secret_of(Path(file))
     folder = paths.data_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,3 +34,21 @@ def database_url(given: str | None) -> str:
             "can be written in TILEWISE_HOME"
         ) from error
     return paths.default_database_url()
+
+
+def user_name() -> str:
+    """Return who runs this command, for the audit trail."""
+    try:
+        return f"{getpass.getuser()} (command line)"
+    except (KeyError, OSError):  # a container's user may have no name
+        return "command line"
+
+
+def secret_of(file: Path) -> str:
+    """Return the one line that a file of a secret holds. Raises SettingsError where it cannot be read."""
+    from tilewise.domain.errors import SettingsError
+
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text'}") from error

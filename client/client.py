@@ -21,15 +21,20 @@ from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.software import Software
 
 from . import paths
+from .background import background
 from .cache import DiskCache
 from .deadline import within
 from .settings import Settings, check_timeout
+from .signature import verify
 from .sources import SnapshotFile, Source, open_source
 from .table import SealedTable
+from .usage import Recorder, Used
 
 log = logging.getLogger("tilewise")
 
 _TROUBLE = (SourceError, SnapshotError)
+# A peer of the same machine takes what its local rank 0 fetched so many seconds ago.
+PEER_SECONDS = 30.0
 
 
 class Client:
@@ -50,6 +55,7 @@ class Client:
         self._source = self._choose_source()
         self._table: SealedTable | None = None
         self._is_ready = False
+        self._usage = Recorder()
         self._reset_locks()
         _clients.add(self)
 
@@ -70,6 +76,10 @@ class Client:
         """Return what to run for `problem`; torch's own choice where nothing is known. Never raises."""
         table = self._table
         return (self._seal_local() if table is None else table).lookup(problem)
+
+    def used(self, answer: Answer) -> Used:
+        """Return the counter of an answer: whoever runs it does `used.calls += 1`, and the service is told."""
+        return self._usage.of(answer)
 
     @property
     def table(self) -> SealedTable:
@@ -100,7 +110,9 @@ class Client:
                 snapshot = self._fetch(limit)
             except _TROUBLE as error:
                 log.warning("%s. This run keeps its answers (%r).", error, table)
+                self.follow(failed=True)
                 return table
+            self.follow(failed=False)
             return self.seal(snapshot, origin=self._source.name)
 
     def seal(self, snapshot: Snapshot, *, origin: str) -> SealedTable:
@@ -121,10 +133,14 @@ class Client:
     def _first(self, limit: float) -> SealedTable:
         pinned = self._pinned_here()
         if pinned is not None:
+            self.follow(failed=False)
             return self.seal(pinned, origin=f"the last download from {self._source.name}")
         try:
-            return self.seal(self._fetch(limit), origin=self._source.name)
+            snapshot = self._fetch(limit)
+            self.follow(failed=False)
+            return self.seal(snapshot, origin=self._source.name)
         except _TROUBLE as error:
+            self.follow(failed=True)
             if self.settings.snapshot is not None:
                 raise SnapshotError(f"the pinned snapshot {self.settings.snapshot} cannot be had: {error}") from error
             snapshot, origin = self._fallback()
@@ -132,40 +148,92 @@ class Client:
             return self.seal(snapshot, origin=origin)
 
     def _fetch(self, limit: float) -> Snapshot:
-        snapshot = self._ask(self._source, limit)
-        if not self._source.local:
-            self._cache.store(snapshot, *self._cache_key())
-        return snapshot
+        """Return what the source holds; of the processes of a machine that ask at once, one asks the source."""
+        if self._source.local:
+            return self._ask(self._source, limit)
+        begun, end = time.time(), time.monotonic() + limit
+        key = self._cache_key()
+        with self._cache.turn(*key, timeout=limit):
+            # what another process stored while this one waited its turn, or its local rank 0 just before
+            young = PEER_SECONDS if os.environ.get("LOCAL_RANK", "0") != "0" else time.time() - begun
+            known = self._cached()
+            if known is not None and self._cache.age(*key) < young:
+                return known
+            snapshot = self._ask(self._source, end - time.monotonic(), known)
+            self._cache.store(snapshot, *key)
+            return snapshot
 
-    def _ask(self, source: Source, limit: float) -> Snapshot:
-        """Return what `source` holds, verified, and the pinned snapshot where an id is pinned."""
-        end = time.monotonic() + limit
+    def _cached(self) -> Snapshot | None:
+        """Return the last download where it is what the settings ask for."""
+        cached = self._cache.load(*self._cache_key())
+        if cached is None:
+            return None
+        try:
+            return self._checked(cached, "the last download")
+        except SnapshotError as error:
+            log.info("%s", error)
+            return None
+
+    def _ask(self, source: Source, limit: float, known: Snapshot | None = None) -> Snapshot:
+        """Return what `source` holds, verified, and the pinned snapshot where one is pinned."""
+        end = time.monotonic() + max(0.0, limit)
+        pin = self.settings.pinned_id or self.settings.pinned_channel
 
         def work() -> Snapshot:
-            return source.fetch(self.device_key, timeout=max(0.001, end - time.monotonic()))
+            left = max(0.001, end - time.monotonic())
+            return source.fetch(self.device_key, timeout=left, pin=pin, known=known)
 
-        snapshot = within(limit, work, name=source.name)
+        return self._checked(within(max(0.0, limit), work, name=source.name), source.name)
+
+    def _checked(self, snapshot: Snapshot, name: str) -> Snapshot:
+        """Return `snapshot` where it is the pinned one, if one is, and signed, if a key is configured."""
         pin = self.settings.pinned_id
         if pin is not None and snapshot.id != pin:
             raise SnapshotError(
-                f"{source.name} holds snapshot {snapshot.id}, expected the pinned {pin}; "
+                f"{name} holds snapshot {snapshot.id}, expected the pinned {pin}; "
                 "name a file with it in TILEWISE_SNAPSHOT, or pin the new id"
             )
-        return snapshot
+        return verify(snapshot, self.settings.key, name=name)
+
+    # The background thread, and what it calls
+
+    def follow(self, *, failed: bool) -> None:
+        """Let the background thread look after a remote source from now on; soon, where it just failed."""
+        if not self._source.local:
+            background.follow(self, failed=failed)
+
+    def revalidate(self) -> None:
+        """Bring the download on disk up to date and tell what was used; the answers of this run stay as they are.
+
+        Raises what the source raises.
+        """
+        limit = self.settings.timeout
+        if self.settings.pinned_id is None:
+            snapshot = self._ask(self._source, limit, self._cached())
+            self._cache.store(snapshot, *self._cache_key())
+            if self._table is not None and snapshot.id != self._table.snapshot_id:
+                log.info(
+                    "%s has newer answers (%s): tilewise.refresh() takes them", self._source.name, snapshot.id[:12]
+                )
+        self.report(timeout=limit)
+
+    def report(self, *, timeout: float) -> None:
+        """Tell the source what was used and missed since the last time. Raises SourceError."""
+        table = self._table
+        for usage, counts in self._usage.batches(self.device_key, None if table is None else table.snapshot_id):
+            within(timeout, lambda usage=usage: self._source.report(usage, timeout=timeout), name=self._source.name)  # type: ignore[misc]
+            Recorder.told(counts)
 
     def _cache_key(self) -> tuple[str, str, str]:
-        return self._source.name, self.device_key, self.settings.pinned_id or ""
+        return self._source.name, self.device_key, self.settings.pinned_id or self.settings.pinned_channel or ""
 
     def _pinned_here(self) -> Snapshot | None:
         """Return the snapshot whose id is pinned, from the disk cache: what an id names never changes."""
-        if self.settings.pinned_id is None or self._source.local:
-            return None
-        cached = self._cache.load(*self._cache_key())
-        return cached if cached is not None and cached.id == self.settings.pinned_id else None
+        return None if self.settings.pinned_id is None or self._source.local else self._cached()
 
     def _fallback(self) -> tuple[Snapshot, str]:
         """Return what there is when the source failed and nothing is pinned, and what to call it."""
-        cached = None if self._source.local else self._cache.load(*self._cache_key())
+        cached = None if self._source.local else self._cached()
         if cached is not None:
             return cached, f"the last download from {self._source.name} ({cached.id[:12]})"
         if self._source is not self._embedded:
@@ -188,8 +256,7 @@ class Client:
             except _TROUBLE as error:
                 log.warning("%s. This run goes on with %s.", error, origin)
         else:
-            pinned = self.settings.pinned_id
-            cached = self._pinned_here() if pinned else self._cache.load(*self._cache_key())
+            cached = self._cached()
             if cached is not None:
                 snapshot, origin = cached, f"the last download from {self._source.name}"
         with self._sealing:
@@ -205,6 +272,7 @@ def _after_fork() -> None:
     """Give every client of a forked child new locks: the thread that held one lives only in the parent."""
     for client in list(_clients):
         client._reset_locks()
+        client._usage.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork)

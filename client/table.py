@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 
 from tilewise.domain.answer import Answer
-from tilewise.domain.matching import match
+from tilewise.domain.matching import KeptAnswers, match
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.software import Software
@@ -20,7 +20,8 @@ class SealedTable:
 
     def __init__(self, snapshot: Snapshot, device_key: str, software: Software, *, origin: str) -> None:
         self.snapshot, self.device_key, self.software, self.origin = snapshot, device_key, software, origin
-        self._kept = {found.problem.key: found for found in snapshot.answers if found.device_key == device_key}
+        own = {found.problem.key: found for found in snapshot.answers if found.device_key == device_key}
+        self._kept = KeptAnswers(own)
         self._memo: dict[Hashable, Answer] = {}
 
     @property

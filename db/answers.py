@@ -2,22 +2,28 @@
 
 import dataclasses
 import enum
+import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, Text, cast, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from tilewise.domain import codec
 from tilewise.domain.answer import Answer
+from tilewise.domain.errors import ConflictError
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.trial import now
 
 from . import references
 from .models import AnswerChangeRow, AnswerRow, ProblemRow
+
+# "answers!" in ASCII: any constant that is the same in every process.
+_CHANGES_LOCK = int.from_bytes(b"answers!")
 
 
 class Sort(enum.StrEnum):
@@ -73,6 +79,19 @@ class AnswerChange:
     changed: datetime
 
 
+@dataclass(frozen=True)
+class StoredAnswer:
+    """A standing answer whose text is read when it is first looked at: reading thousands takes seconds."""
+
+    device_key: str
+    problem_key: str
+    text: str
+
+    @cached_property
+    def answer(self) -> Answer:
+        return codec.from_json(Answer, json.loads(self.text))
+
+
 class AnswerRepository:
     """Standing answers by device and problem, in one session."""
 
@@ -89,22 +108,37 @@ class AnswerRepository:
         query = select(AnswerRow.problem_key, AnswerRow.document).where(AnswerRow.device_key == device_key)
         return {key: codec.from_json(Answer, document) for key, document in self._session.execute(query)}
 
-    def marker(self, device_key: str) -> tuple[int, int]:
-        """Return two numbers that change whenever an answer of the device does; (0, 0) where it has none.
+    def newest(self) -> int:
+        """Return a number that grows with every change of any answer; 0 where there is none."""
+        return self._session.scalar(select(func.max(AnswerChangeRow.id))) or 0
 
-        Answers are never deleted and versions only grow, so their count and sum never come back to an old value.
-        """
-        query = select(func.count(), func.coalesce(func.sum(AnswerRow.version), 0))
-        count, versions = self._session.execute(query.where(AnswerRow.device_key == device_key)).one()
-        return int(count), int(versions)
+    def changed_since(self, number: int) -> tuple[StoredAnswer, ...]:
+        """Return the answers that changed since `newest` was `number`, each as it stands now."""
+        query = (
+            select(AnswerRow.device_key, AnswerRow.problem_key, cast(AnswerRow.document, Text))
+            .join(
+                AnswerChangeRow,
+                (AnswerChangeRow.device_key == AnswerRow.device_key)
+                & (AnswerChangeRow.problem_key == AnswerRow.problem_key)
+                & (AnswerChangeRow.version == AnswerRow.version),
+            )
+            .where(AnswerChangeRow.id > number)
+        )
+        return tuple(StoredAnswer(*row) for row in self._session.execute(query))
 
     def replace(self, answer: Answer, *, expected_version: int, reason: str) -> bool:
         """Make `answer` the standing one if the standing version is `expected_version` (0: there is none yet).
 
         A compare-and-swap in one statement: of several writers that expect the same version exactly one gets True,
         the others get False and have changed nothing. The kept answer has version `expected_version + 1`, whatever
-        `answer.version` says; `reason` goes into its history. Raises DeviceError where the device key is none.
+        `answer.version` says; `reason` goes into its history.
+
+        Raises ConflictError where the final that `answer` rests on held the standing answer and found it no slower,
+        and DeviceError where the device key is none.
         """
+        self._order_changes()
+        if expected_version:
+            _check_justified(answer, self.get(answer.device_key, answer.problem))
         kept = dataclasses.replace(answer, version=expected_version + 1)
         document = codec.to_json(kept)
         values = {
@@ -127,6 +161,14 @@ class AnswerRepository:
         change = {"version": kept.version, "reason": references.clean(reason), "changed": values["updated"]}
         self._session.execute(insert(AnswerChangeRow).values(**keys, **change, document=document))
         return True
+
+    def _order_changes(self) -> None:
+        """Let the numbers of changes become visible in their order, so that who follows them misses none.
+
+        SQLite has one writer at a time anyway.
+        """
+        if self._session.get_bind().dialect.name == "postgresql":
+            self._session.execute(select(func.pg_advisory_xact_lock(_CHANGES_LOCK)))
 
     def _swap(self, keys: dict[str, str], values: dict[str, Any], expected_version: int) -> bool:
         if expected_version == 0:
@@ -172,11 +214,21 @@ class AnswerRepository:
         matching = _matching(search)
         total = self._session.scalar(select(func.count()).select_from(matching.subquery()))
         column = _COLUMNS[sort]
-        order = column.desc() if descending else column.asc()
+        order = (
+            (column.desc() if descending else column.asc()).nulls_last(),
+            AnswerRow.device_key,
+            AnswerRow.problem_key,
+        )
+        # the page by its keys first: sorting whole documents takes ten times as long
+        keys = matching.order_by(*order).offset(offset).limit(limit).subquery()
         rows = self._session.execute(
-            matching.order_by(order.nulls_last(), AnswerRow.device_key, AnswerRow.problem_key)
-            .offset(offset)
-            .limit(limit)
+            select(AnswerRow.document, AnswerRow.updated, ProblemRow.forward_flops)
+            .join(
+                keys,
+                (keys.c.device_key == AnswerRow.device_key) & (keys.c.problem_key == AnswerRow.problem_key),
+            )
+            .join(ProblemRow, ProblemRow.key == AnswerRow.problem_key)
+            .order_by(*order)
         )
         listed = tuple(
             ListedAnswer(
@@ -194,12 +246,25 @@ class AnswerRepository:
         return Snapshot.of(codec.from_json(Answer, document) for document in self._session.scalars(query))
 
 
+def _check_justified(new: Answer, standing: Answer | None) -> None:
+    """Milliseconds of two runs are never compared: the ratios inside the new answer's own final decide."""
+    if standing is None or new.evidence is None or new.plan == standing.plan:
+        return
+    ratios = {found.candidate: found.measurement.ratio for found in new.evidence.finalists}
+    won, stood = ratios.get(new.plan.forward), ratios.get(standing.plan.forward)
+    if won is not None and stood is not None and won >= stood:
+        raise ConflictError(
+            f"{new.plan} does not replace {standing.plan} for {new.problem.key}: in its final the standing answer "
+            f"had the ratio {stood:.4f}, the new one {won:.4f}"
+        )
+
+
 def _about(device_key: str, problem: Problem) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return AnswerRow.device_key == device_key, AnswerRow.problem_key == problem.key
 
 
-def _matching(search: str) -> Select[Any]:
-    query = select(AnswerRow.document, AnswerRow.updated, ProblemRow.forward_flops).join(
+def _matching(search: str) -> Select[str, str]:
+    query = select(AnswerRow.device_key, AnswerRow.problem_key).join(
         ProblemRow, ProblemRow.key == AnswerRow.problem_key
     )
     text = func.lower(AnswerRow.problem_key + " " + AnswerRow.device_key + " " + AnswerRow.backend)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Text,
@@ -101,7 +102,11 @@ class ProblemRow(Base):
 
 class JobRow(Base):
     __tablename__ = "jobs"
-    __table_args__ = (Index(None, "state", "created"), Index(None, "device_key", "problem_key"))
+    __table_args__ = (
+        Index(None, "state", "created"),
+        Index(None, "device_key", "problem_key"),
+        Index(None, "created", "id"),
+    )
 
     id: Mapped[str] = mapped_column(Key, primary_key=True)
     problem_key: Mapped[str] = mapped_column(ForeignKey(ProblemRow.key))
@@ -116,17 +121,43 @@ class JobRow(Base):
     created: Mapped[datetime] = mapped_column(UtcDateTime)
     started: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Who runs it, and until when that is believed without a heartbeat; both null for `tilewise tune`.
+    lease_owner: Mapped[str | None] = mapped_column(Key)
+    lease_expires: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class JobEventRow(Base):
+    """What happened to a job, in order: what a watcher that lost its connection catches up with."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(JobRow.id))
+    attempt: Mapped[int]
+    state: Mapped[str] = mapped_column(Word)
+    progress: Mapped[float] = mapped_column(Double)
+    message: Mapped[str] = mapped_column(Text)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class TrialRow(Base):
     __tablename__ = "trials"
-    __table_args__ = (Index(None, "device_key", "problem_key", "id"),)
+    # One index per filter of the list, each with the order that its pages go by.
+    __table_args__ = (
+        Index(None, "device_key", "problem_key", "id"),
+        Index(None, "problem_key", "id"),
+        Index(None, "backend", "id"),
+        Index(None, "outcome", "id"),
+        Index(None, "job_id", "id"),
+        Index(None, "problem_key", "median_ms", "id"),
+    )
 
     id: Mapped[int] = mapped_column(RowId, primary_key=True)
     problem_key: Mapped[str] = mapped_column(ForeignKey(ProblemRow.key))
     device_key: Mapped[str] = mapped_column(ForeignKey(DeviceRow.key))
     software_digest: Mapped[str] = mapped_column(ForeignKey(SoftwareRow.digest))
-    job_id: Mapped[str | None] = mapped_column(ForeignKey(JobRow.id), index=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey(JobRow.id))
     attempt: Mapped[int]
     backend: Mapped[str] = mapped_column(Key)
     candidate: Mapped[Any] = mapped_column(Document)
@@ -177,3 +208,96 @@ class AnswerChangeRow(Base):
     reason: Mapped[str] = mapped_column(Text)
     changed: Mapped[datetime] = mapped_column(UtcDateTime)
     document: Mapped[Any] = mapped_column(Document)
+
+
+class SnapshotRow(Base):
+    """A frozen snapshot by its id. The file is what was hashed, gzipped, and goes out as it is."""
+
+    __tablename__ = "snapshots"
+    __table_args__ = (Index(None, "created", "id"),)
+
+    id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+    answers: Mapped[int]
+    note: Mapped[str] = mapped_column(Text)
+    file: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class SnapshotEntryRow(Base):
+    """Which version of which answer a snapshot holds, to find the snapshots of an answer and to compare two."""
+
+    __tablename__ = "snapshot_entries"
+    __table_args__ = (Index(None, "device_key", "problem_key"),)
+
+    snapshot_id: Mapped[str] = mapped_column(ForeignKey(SnapshotRow.id), primary_key=True)
+    device_key: Mapped[str] = mapped_column(ForeignKey(DeviceRow.key), primary_key=True)
+    problem_key: Mapped[str] = mapped_column(ForeignKey(ProblemRow.key), primary_key=True)
+    version: Mapped[int]
+
+
+class ChannelRow(Base):
+    """A name that points at a snapshot, and can be moved."""
+
+    __tablename__ = "channels"
+
+    name: Mapped[str] = mapped_column(Digest, primary_key=True)
+    snapshot_id: Mapped[str] = mapped_column(ForeignKey(SnapshotRow.id))
+    changed: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ChannelChangeRow(Base):
+    """Everything that a channel ever pointed at, who moved it and why."""
+
+    __tablename__ = "channel_changes"
+    __table_args__ = (Index(None, "name", "id"),)
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    name: Mapped[str] = mapped_column(ForeignKey(ChannelRow.name))
+    snapshot_id: Mapped[str] = mapped_column(ForeignKey(SnapshotRow.id))
+    previous_id: Mapped[str | None] = mapped_column(ForeignKey(SnapshotRow.id))
+    reason: Mapped[str] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(Key)
+    changed: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class DemandRow(Base):
+    """What clients reported: calls by bucket of the problem and by how well they were answered."""
+
+    __tablename__ = "demand"
+    __table_args__ = (Index(None, "last"),)
+
+    device_key: Mapped[str] = mapped_column(ForeignKey(DeviceRow.key), primary_key=True)
+    problem_key: Mapped[str] = mapped_column(ForeignKey(ProblemRow.key), primary_key=True)
+    match: Mapped[str] = mapped_column(Word, primary_key=True)
+    calls: Mapped[int] = mapped_column(BigInteger)
+    reports: Mapped[int] = mapped_column(BigInteger)
+    snapshot_id: Mapped[str | None] = mapped_column(Digest)
+    first: Mapped[datetime] = mapped_column(UtcDateTime)
+    last: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class TokenRow(Base):
+    """A bearer token without its secret, of which only the SHA-256 is kept."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(Word, primary_key=True)
+    name: Mapped[str] = mapped_column(Key)
+    scopes: Mapped[str] = mapped_column(Key)
+    digest: Mapped[str] = mapped_column(Digest)
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class AuditRow(Base):
+    """Who changed what that others rely on: jobs, snapshots, channels, tokens."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(Key)
+    action: Mapped[str] = mapped_column(Key)
+    subject: Mapped[str] = mapped_column(Key)
+    detail: Mapped[str] = mapped_column(Text)

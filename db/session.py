@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -40,6 +40,7 @@ class Database:
     def __init__(self, url: URL, engine: Engine) -> None:
         self._url = url
         self._writer = engine.execution_options(**{_WRITES: True})
+        self._watchers: list[Callable[[], None]] = []
         # A reader sees one moment of the database for as long as it reads; SQLite in WAL does so by itself.
         options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True} if self.file is None else {}
         self._reader = engine.execution_options(**options)
@@ -92,6 +93,12 @@ class Database:
         with _explained(self._url), Session(self._writer, expire_on_commit=False) as session, session.begin():
             session.connection()
             yield session
+        for watcher in self._watchers:
+            watcher()
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` after every commit of a `write` through this object; it must be quick and not raise."""
+        self._watchers.append(watcher)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:

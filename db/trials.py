@@ -1,22 +1,43 @@
 """Trials: everything that was tried, the one truth a search is rebuilt from."""
 
+import enum
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from tilewise.domain import codec
 from tilewise.domain.config import Candidate
+from tilewise.domain.errors import SettingsError
 from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 from tilewise.domain.trial import Measurement, NumericError, Outcome, Stage, Trial
 
-from . import references
+from . import paging, references
 from .models import SoftwareRow, TrialRow
+from .paging import Page, Position
 
 # Neither says anything about the candidate: a search that resumes tries it again.
 UNFINISHED = (Outcome.SKIPPED, Outcome.CANCELLED)
+
+
+class TrialSort(enum.StrEnum):
+    """What a list of trials can be sorted by. Only trials that were timed have a median."""
+
+    ID = "id"
+    MEDIAN = "median_ms"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedTrial:
+    """A trial in a list, with its number and what it is about."""
+
+    id: int
+    problem: Problem
+    device_key: str
+    trial: Trial
 
 
 class TrialRepository:
@@ -84,6 +105,42 @@ class TrialRepository:
         query = select(*columns).where(TrialRow.outcome == Outcome.OK).distinct().order_by(*columns)
         return tuple((device_key, Problem.parse(key)) for device_key, key in self._session.execute(query))
 
+    def page(
+        self,
+        *,
+        problem: Problem | None = None,
+        device_key: str | None = None,
+        backend: str | None = None,
+        outcome: Outcome | None = None,
+        job_id: str | None = None,
+        sort: TrialSort = TrialSort.ID,
+        descending: bool = True,
+        after: Position | None = None,
+        limit: int = 50,
+    ) -> Page[ListedTrial]:
+        """Return a page of all trials; each filter narrows it.
+
+        Raises SettingsError for a list of all problems by their medians, which say nothing beside each other.
+        """
+        if sort is TrialSort.MEDIAN and problem is None:
+            raise SettingsError("order: medians are compared within one problem only; name it, or order by id")
+        query = select(*TrialRow.__table__.columns)
+        wanted = {
+            TrialRow.problem_key: None if problem is None else problem.key,
+            TrialRow.device_key: device_key,
+            TrialRow.backend: backend,
+            TrialRow.outcome: outcome,
+            TrialRow.job_id: job_id,
+        }
+        for column, value in wanted.items():
+            if value is not None:
+                query = query.where(column == value)
+        columns: tuple[ColumnElement[Any], ...] = (TrialRow.id.expression,)
+        if sort is TrialSort.MEDIAN:
+            query = query.where(TrialRow.median_ms.is_not(None))
+            columns = (TrialRow.median_ms.expression, *columns)
+        return paging.page(self._session, query, columns, _listed, descending=descending, after=after, limit=limit)
+
     def count(self, problem: Problem, device_key: str) -> dict[Outcome, int]:
         """Return how many trials ended in each outcome; an outcome that never came is left out."""
         query = select(TrialRow.outcome, func.count()).where(*_about(problem, device_key)).group_by(TrialRow.outcome)
@@ -112,6 +169,10 @@ class TrialRepository:
 
 def _about(problem: Problem, device_key: str) -> tuple[Any, Any]:
     return TrialRow.device_key == device_key, TrialRow.problem_key == problem.key
+
+
+def _listed(row: Any) -> ListedTrial:
+    return ListedTrial(id=row.id, problem=Problem.parse(row.problem_key), device_key=row.device_key, trial=_trial(row))
 
 
 def _trial(row: Any) -> Trial:

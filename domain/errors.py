@@ -8,9 +8,12 @@
     ├── DeviceError           a device that does not exist or cannot be read
     ├── SnapshotError         a snapshot that is damaged, of another schema, or missing
     ├── SourceError           a source of answers that cannot be reached or makes no sense
+    │   └── RefusedError          it wants another token
     ├── DatabaseError         a database that cannot be used
     │   └── SchemaVersionError    older or newer than this code expects
     ├── TuningError           a search that cannot start or has no valid candidate
+    ├── NotFoundError         a job, snapshot, channel or token that does not exist
+    ├── ConflictError         something changed since it was read, or its state does not allow this
     └── SettingsError         a setting (argument or TILEWISE_* variable) that makes no sense
 
 Every message says what was expected, what came, and what to do.
@@ -49,6 +52,10 @@ class SourceError(TilewiseError):
     """A source of answers cannot be reached or answers nonsense."""
 
 
+class RefusedError(SourceError):
+    """The source of answers refuses the token, or wants one."""
+
+
 class DatabaseError(TilewiseError):
     """The database cannot be opened, read or written."""
 
@@ -59,6 +66,14 @@ class SchemaVersionError(DatabaseError):
 
 class TuningError(TilewiseError):
     """A search cannot start, or ended without a single valid candidate."""
+
+
+class NotFoundError(TilewiseError):
+    """What was named does not exist."""
+
+
+class ConflictError(TilewiseError):
+    """It changed since it was read, or the state it is in does not allow what was asked."""
 
 
 class SettingsError(TilewiseError, ValueError):

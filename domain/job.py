@@ -16,6 +16,10 @@ class JobState(enum.StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    @property
+    def ended(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
@@ -71,3 +75,15 @@ class Job:
     message: str = ""
     lease: Lease | None = None
     created: datetime = field(default_factory=now)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """Something that happened to a job. `id` grows with time; `progress` is from 0 to 1."""
+
+    id: int
+    attempt: int
+    state: JobState
+    progress: float
+    message: str
+    at: datetime

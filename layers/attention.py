@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch.utils.checkpoint import _StopRecomputationError
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
@@ -23,6 +24,7 @@ Found = TypeVar("Found")
 Options = tuple[bool, tuple[int, int] | None, str, str, bool, str | Candidate, bool, bool]
 Packed = tuple[Cumulative, int | None, int | None]  # cu_seqlens, max_q, max_kv
 _resolved: dict[Hashable, Resolved] = {}
+_resolved_before: dict[Hashable, Resolved] = {}  # what stood before the answers changed
 _resolved_under = 0
 
 
@@ -176,6 +178,8 @@ def prepare(
     )  # fmt: skip
     try:
         resolved = _resolved.get(memo_key) if _resolved_under == session.generation else None
+        if resolved is None:
+            resolved = _as_forward(memo_key)
     except TypeError:  # an option that has no hash; the checks say which
         resolved = None
     if resolved is None:
@@ -189,6 +193,8 @@ def prepare(
             precision, deterministic, learns, bias_grad,
         )  # fmt: skip
         resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
+        if backend == "auto":
+            resolved.used = session.used(problem, query.device)
         _remember(memo_key, resolved)
     call = Call(
         problem=resolved.problem,
@@ -208,10 +214,11 @@ def prepare(
 
 def run_resolved(call: Call, resolved: Resolved, runner: Callable[[Call, Candidate], Found], *, strict: bool) -> Found:
     """Return what `runner` finds for the resolved candidate; where that raises, demote it and run the fallback."""
+    resolved.used.calls += 1
     try:
         return runner(call, resolved.candidate)
-    except torch.OutOfMemoryError:
-        raise  # the caller's to handle: another backend would need as much
+    except (torch.OutOfMemoryError, _StopRecomputationError):
+        raise  # the caller's to handle: another backend would need as much, and checkpointing ends recomputation so
     except Exception as error:  # a plan that fails here must not stop a training step
         if strict or resolved.candidate == resolved.fallback:
             raise
@@ -219,10 +226,20 @@ def run_resolved(call: Call, resolved: Resolved, runner: Callable[[Call, Candida
         return runner(call, resolved.fallback)
 
 
+def _as_forward(memo_key: Hashable) -> Resolved | None:
+    """Return what ran before the answers changed, where this call is the recomputation of a forward from before.
+
+    Activation checkpointing computes a forward again inside of the backward, and the same must run there.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    return _resolved.get(memo_key) or _resolved_before.get(memo_key)
+
+
 def _remember(memo_key: Hashable, resolved: Resolved) -> None:
-    global _resolved_under
+    global _resolved_under, _resolved_before, _resolved
     if _resolved_under != session.generation or len(_resolved) >= MEMO_LIMIT:
-        _resolved.clear()
+        _resolved_before, _resolved = _resolved, {}
         _resolved_under = session.generation
     _resolved[memo_key] = resolved
 

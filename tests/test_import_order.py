@@ -12,12 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "domain": (set(), set()),
     "kernels": ({"domain"}, {"torch", "triton", "pynvml"}),
-    "client": ({"domain"}, {"httpx", "platformdirs"}),
+    "client": ({"domain"}, {"httpx", "platformdirs", "cryptography"}),
     "layers": ({"domain", "kernels", "client"}, {"torch"}),
-    "db": ({"domain"}, {"sqlalchemy", "alembic"}),
+    "db": ({"domain"}, {"sqlalchemy", "alembic", "cryptography"}),
     "tuner": ({"domain", "kernels", "db"}, {"torch", "optuna", "numpy"}),
-    "api": ({"domain", "db"}, {"fastapi", "starlette", "pydantic", "jinja2", "uvicorn"}),
-    "bench": ({"domain", "kernels", "layers", "tuner"}, {"torch", "matplotlib"}),
+    "api": ({"domain", "db"}, {"fastapi", "starlette", "pydantic", "jinja2", "uvicorn", "prometheus_client"}),
+    "bench": (
+        {"domain", "kernels", "layers", "tuner", "client", "db", "api"},
+        {"torch", "matplotlib", "httpx", "sqlalchemy", "fastapi"},
+    ),
     "cli": (
         {"domain", "kernels", "client", "layers", "db", "tuner", "api", "bench"},
         {"typer", "click", "rich", "torch", "uvicorn", "platformdirs", "httpx"},

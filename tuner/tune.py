@@ -16,7 +16,7 @@ from tilewise.db.trials import TrialRepository
 from tilewise.domain.answer import Answer
 from tilewise.domain.config import Candidate
 from tilewise.domain.device import Device
-from tilewise.domain.errors import TilewiseError, TuningError
+from tilewise.domain.errors import ConflictError, TilewiseError, TuningError
 from tilewise.domain.job import Budget, JobState
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
@@ -72,21 +72,23 @@ def tune(
     seed: int = 0,
     report: Reporter = silent,
     crew: Crew | None = None,
+    claim: tuple[str, int] | None = None,
 ) -> Verdict:
     """Find the fastest way to compute `problem` on `device`, keep every trial and the answer, and return the verdict.
 
     - backends: only these, beside torch's own choice; empty means every one that supports the problem.
     - fresh: do not resume from trials that an earlier run kept.
     - crew: of workers to use, of the same device; without one, some are started and ended.
+    - claim: the id and attempt of a claimed job to run, which the caller ends; by default a job of its own.
 
     Ends early, with everything finished kept, on KeyboardInterrupt, which is raised again. Raises ConfigError for an
     unknown backend, UnsupportedError or TuningError where nothing can be measured, DatabaseError where nothing can be
-    kept.
+    kept, ConflictError where the job was cancelled or goes on elsewhere.
     """
     for name in backends:
         backend_named(name)
     with contextlib.nullcontext(crew) if crew is not None else Crew(device) as hands:
-        return _Tuning(problem, hands, database, budget, backends, fresh=fresh, seed=seed, report=report).run()
+        return _Tuning(problem, hands, database, budget, backends, fresh=fresh, seed=seed, report=report).run(claim)
 
 
 class _Tuning:
@@ -113,8 +115,9 @@ class _Tuning:
         self._newest = 0  # number of the newest trial in the database that is known here
         self._start = time.monotonic()
 
-    def run(self) -> Verdict:
-        job, attempt = self._open_job()
+    def run(self, claim: tuple[str, int] | None) -> Verdict:
+        job, attempt = self._claim = claim or self._open_job()
+        self._ends_job = claim is None
         pipeline = Pipeline(self._crew, self._preparation(job, attempt))
         try:
             self._tell("prepare", pipeline)
@@ -287,6 +290,7 @@ class _Tuning:
             assert answer.evidence is not None
             version = previous.version if previous else 0
             with self._database.write() as session:
+                self._guard(JobRepository(session))
                 swapped = AnswerRepository(session).replace(
                     answer, expected_version=version, reason=answer.evidence.reason
                 )
@@ -364,11 +368,20 @@ class _Tuning:
         return job.id, attempt
 
     def _close_job(self, job: str, attempt: int, state: JobState, message: str) -> None:
+        if not self._ends_job:
+            return
         with self._database.write() as session:
             JobRepository(session).finish(job, attempt, state, message=message)
 
+    def _guard(self, jobs: JobRepository) -> None:
+        """Keep the job from being claimed until this transaction ends; ConflictError where it is not ours any more."""
+        job, attempt = self._claim
+        if not jobs.holds(job, attempt):
+            raise ConflictError(f"job {job} was cancelled, or goes on elsewhere under a later attempt than {attempt}")
+
     def _keep(self, tried: Tried, pipeline: Pipeline) -> None:
         with self._database.write() as session:
+            self._guard(JobRepository(session))
             number = TrialRepository(session).add(
                 tried.trial, problem=self._problem, device_key=self._device.key, software=self._software
             )

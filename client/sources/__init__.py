@@ -5,6 +5,7 @@ from typing import Protocol
 
 from tilewise.domain.errors import SettingsError
 from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.usage import Usage
 
 from .database import DatabaseSource
 from .http import HttpSource
@@ -24,8 +25,17 @@ class Source(Protocol):
     def local(self) -> bool:
         """Whether fetching stays on this machine."""
 
-    def fetch(self, device_key: str, *, timeout: float) -> Snapshot:
-        """Return the verified answers of (at least) `device_key`. Raises SourceError and SnapshotError only."""
+    def fetch(
+        self, device_key: str, *, timeout: float, pin: str | None = None, known: Snapshot | None = None
+    ) -> Snapshot:
+        """Return the verified answers of (at least) `device_key`, or the snapshot whose id or channel `pin` names.
+
+        `known` is what the asker has already: where that is still right it need not be sent again. Raises SourceError
+        and SnapshotError only.
+        """
+
+    def report(self, usage: Usage, *, timeout: float) -> None:
+        """Tell what was used and missed. Raises SourceError; a source that keeps no such thing does nothing."""
 
 
 def open_source(text: str, *, token: str | None = None) -> Source:

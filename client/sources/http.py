@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlsplit
 
-from tilewise.domain.errors import SettingsError, SnapshotError, SourceError
-from tilewise.domain.snapshot import Snapshot
+from tilewise.domain import codec
+from tilewise.domain.errors import RefusedError, SettingsError, SnapshotError, SourceError
+from tilewise.domain.snapshot import Snapshot, is_snapshot_id
+from tilewise.domain.usage import Usage
 
 from ..deadline import too_slow
 from ..settings import without_secrets
@@ -27,7 +29,7 @@ _MESSAGE_LIMIT = 400
 _ADVICE = {
     401: "check TILEWISE_TOKEN",
     403: "check TILEWISE_TOKEN",
-    404: "check that TILEWISE_SOURCE is the base address of a tilewise service",
+    404: "check that TILEWISE_SOURCE is the base address of a tilewise service, and that it has TILEWISE_SNAPSHOT",
     429: "it is overloaded; try again later",
 }
 
@@ -44,51 +46,73 @@ class HttpSource:
         self.name = f"service {without_secrets(base)}"
         self._base = _checked(base)
         self._token, self._size_limit = token, size_limit
-        self._last: dict[str, tuple[str, Snapshot]] = {}  # device key -> ETag and what came with it
+        self._last: dict[str, tuple[str, Snapshot]] = {}  # path -> ETag and what came with it
 
-    def fetch(self, device_key: str, *, timeout: float) -> Snapshot:
-        import httpx  # 0.1 s, which a job with a local snapshot need not spend
-
-        last = self._last.get(device_key)
-        headers = {"Accept": "application/json", "Accept-Encoding": "gzip", "User-Agent": "tilewise"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        if last is not None:
-            headers["If-None-Match"] = last[0]
-        url = f"{self._base}/v1/answers/{quote(device_key, safe='')}"
-        with _Watchdog(timeout) as watchdog:
-            try:
-                # one client per fetch: nothing is shared with a forked child, and a fetch is rare
-                with (
-                    httpx.Client(timeout=timeout, follow_redirects=False) as client,
-                    client.stream("GET", url, headers=headers, extensions={"trace": watchdog.trace}) as response,
-                ):
-                    if response.status_code == 304 and last is not None:
-                        return last[1]
-                    self._check_status(response)
-                    data = self._read(response, watchdog)
-                    etag = response.headers.get("ETag")
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, zlib.error) as error:
-                if watchdog.expired or isinstance(error, httpx.TimeoutException):
-                    raise SourceError(too_slow(self.name, timeout)) from error
-                raise SourceError(self._clean(f"{self.name} could not be asked ({error}); {_REACH}")) from error
+    def fetch(
+        self, device_key: str, *, timeout: float, pin: str | None = None, known: Snapshot | None = None
+    ) -> Snapshot:
+        path = f"/v1/answers/{quote(device_key, safe='')}"
+        if pin is not None:
+            path = f"/v1/snapshots/{pin}" if is_snapshot_id(pin) else f"/v1/channels/{quote(pin, safe='')}/snapshot"
+        etag, last = self._last.get(path, (None, None))
+        if etag is None and known is not None:
+            etag, last = f'W/"{known.id}"', known
+        headers = {"If-None-Match": etag} if etag else {}
+        status, data, etag = self._request("GET", path, headers, b"", timeout)
+        if status == 304 and last is not None:
+            return last
+        self._check_status(status, 200)
         try:
             snapshot = Snapshot.loads(data, name=f"what {self.name} sent")
         except SnapshotError as error:
             raise SnapshotError(self._clean(str(error))) from error
         if etag:
-            self._last[device_key] = (etag, snapshot)
+            self._last[path] = (etag, snapshot)
         return snapshot
 
-    def _check_status(self, response: "httpx.Response") -> None:
-        status = response.status_code
-        if status == 200:
+    def report(self, usage: Usage, *, timeout: float) -> None:
+        body = {"device": usage.device_key, "snapshot": usage.snapshot, "uses": codec.to_json(usage.uses)}
+        headers = {"Content-Type": "application/json"}
+        status, _, _ = self._request("POST", "/v1/usage", headers, codec.canonical(body), timeout)
+        self._check_status(status, 204)
+
+    def _request(
+        self, method: str, path: str, more: dict[str, str], content: bytes, timeout: float
+    ) -> tuple[int, bytes, str | None]:
+        """Return status, body (of a 200 only) and ETag of a response that came whole within `timeout` seconds."""
+        import httpx  # 0.1 s, which a job with a local snapshot need not spend
+
+        headers = {"Accept": "application/json", "Accept-Encoding": "gzip", "User-Agent": "tilewise", **more}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        with _Watchdog(timeout) as watchdog:
+            try:
+                # one client per request: nothing is shared with a forked child, and requests are rare
+                with (
+                    httpx.Client(timeout=timeout, follow_redirects=False) as client,
+                    client.stream(
+                        method, self._base + path, headers=headers, content=content,
+                        extensions={"trace": watchdog.trace},
+                    ) as response,
+                ):  # fmt: skip
+                    if response.has_redirect_location:
+                        raise SourceError(
+                            f"{self.name} answered with status {response.status_code}, expected 200; redirects are not "
+                            "followed: set TILEWISE_SOURCE to where the service really is"
+                        )
+                    data = self._read(response, watchdog) if response.status_code == 200 else b""
+                    return response.status_code, data, response.headers.get("ETag")
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, zlib.error) as error:
+                if watchdog.expired or isinstance(error, httpx.TimeoutException):
+                    raise SourceError(too_slow(self.name, timeout)) from error
+                raise SourceError(self._clean(f"{self.name} could not be asked ({error}); {_REACH}")) from error
+
+    def _check_status(self, status: int, expected: int) -> None:
+        if status == expected:
             return
-        if response.has_redirect_location:
-            advice = "redirects are not followed: set TILEWISE_SOURCE to where the service really is"
-        else:
-            advice = _ADVICE.get(status, "see the log of the service")
-        raise SourceError(f"{self.name} answered with status {status}, expected 200; {advice}")
+        advice = _ADVICE.get(status, "see the log of the service")
+        kind = RefusedError if status in (401, 403) else SourceError
+        raise kind(f"{self.name} answered with status {status}, expected {expected}; {advice}")
 
     def _read(self, response: "httpx.Response", watchdog: "_Watchdog") -> bytes:
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()

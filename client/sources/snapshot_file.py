@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tilewise.domain.errors import SourceError
 from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.usage import Usage
 
 
 class SnapshotFile:
@@ -15,7 +16,17 @@ class SnapshotFile:
         self.path, self.required = path, required
         self.name = f"snapshot file {path}"
 
-    def fetch(self, device_key: str, *, timeout: float) -> Snapshot:  # noqa: ARG002 - a file holds all devices
+    def report(self, usage: Usage, *, timeout: float) -> None:
+        """A file keeps no usage."""
+
+    def fetch(
+        self,
+        device_key: str,  # noqa: ARG002 - a file holds all devices
+        *,
+        timeout: float,  # noqa: ARG002 - the caller keeps the limit
+        pin: str | None = None,  # noqa: ARG002 - the caller compares the id
+        known: Snapshot | None = None,  # noqa: ARG002 - reading is cheap
+    ) -> Snapshot:
         try:
             data = self.path.read_bytes()
         except FileNotFoundError as error:

@@ -5,6 +5,7 @@
     out = tilewise.decode(query, keys, values, lengths=lengths)     # a few new tokens against a cache
     tilewise.configure(source="http://tilewise.internal:8000")      # ask a service, not the local snapshot
     tilewise.ready()                                                # seal the answers before the first step
+    tilewise.warmup([problem])                                      # compile and try what will run
     tilewise.answer(problem)                                        # what would run, and why
     layer = tilewise.FastMultiHeadSelfAttention(8192, 64, causal=True)
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         FastMultiQueryAttention,
     )
     from tilewise.layers.session import answer, configure, ready, refresh
+    from tilewise.layers.warmup import warmup
     from tilewise.layers.state_dicts import weights_from_deepseek, weights_from_llama, weights_from_torch
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ _HOMES = {
     "decode": "layers.decode",
     "ready": "layers.session",
     "refresh": "layers.session",
+    "warmup": "layers.warmup",
     "weights_from_deepseek": "layers.state_dicts",
     "weights_from_llama": "layers.state_dicts",
     "weights_from_torch": "layers.state_dicts",
@@ -85,6 +88,7 @@ __all__ = [
     "decode",
     "ready",
     "refresh",
+    "warmup",
     "weights_from_deepseek",
     "weights_from_llama",
     "weights_from_torch",

@@ -15,7 +15,6 @@ from tilewise.db.session import Database
 from tilewise.domain import codec
 from tilewise.domain.answer import Answer, Match
 from tilewise.domain.matching import default_answer
-from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 
 ONE = f"/v1/answers/{DEVICE}/{PROBLEM.key}"
@@ -148,11 +147,17 @@ class TestRefusals:
             assert (reply.status_code, reply.headers["content-type"]) == (status, "application/problem+json")
             assert reply.json()["type"] == f"urn:tilewise:error:{name}"
 
-    def test_a_database_that_goes_away_is_503_without_its_address(self, client: TestClient, sqlite: Database) -> None:
+    def test_answers_outlive_their_database_and_the_rest_is_503_without_its_address(
+        self, client: TestClient, sqlite: Database
+    ) -> None:
+        put(sqlite, answer())
+        assert client.get(ONE).json()["match"] == "exact"
         assert sqlite.file is not None
         sqlite.close()
         sqlite.file.rename(sqlite.file.with_name("elsewhere.db"))
-        for path in (ONE, ALL, "/readyz", "/"):
+        assert client.get(ONE).json()["match"] == "exact"
+        assert Snapshot.loads(client.get(ALL).content).answers == (answer(),)
+        for path in ("/readyz", "/", "/v1/jobs", "/v1/trials", "/v1/demand"):
             reply = client.get(path)
             assert (reply.status_code, reply.headers["content-type"]) == (503, "application/problem+json")
             assert reply.json()["type"] == "urn:tilewise:error:database-unavailable"
@@ -185,13 +190,30 @@ class TestDescription:
     def test_the_document_lists_the_routes_and_their_errors(self, client: TestClient) -> None:
         paths = client.get("/openapi.json").json()["paths"]
         assert set(paths) == {
-            "/v1/answers/{device_key}/{problem_key}",
-            "/v1/answers/{device_key}",
             "/healthz",
+            "/metrics",
             "/readyz",
+            "/v1/answers",
+            "/v1/answers/{device_key}",
+            "/v1/answers/{device_key}/{problem_key}",
+            "/v1/audit",
+            "/v1/channels",
+            "/v1/channels/{name}",
+            "/v1/channels/{name}/rollback",
+            "/v1/channels/{name}/snapshot",
+            "/v1/demand",
+            "/v1/devices",
+            "/v1/jobs",
+            "/v1/jobs/{job_id}",
+            "/v1/jobs/{job_id}/events",
+            "/v1/problems",
+            "/v1/snapshots",
+            "/v1/snapshots/{snapshot_id}",
+            "/v1/trials",
+            "/v1/usage",
         }
         found = paths["/v1/answers/{device_key}/{problem_key}"]["get"]["responses"]
-        assert set(found) == {"200", "304", "422", "500", "503"}
+        assert set(found) == {"200", "304", "401", "403", "413", "422", "429", "500"}
         assert set(found["422"]["content"]) == {"application/problem+json"}
 
 
@@ -208,13 +230,65 @@ def test_a_service_does_not_start_on_a_wrong_schema(tmp_path: Path) -> None:
             pass
 
 
-def test_more_devices_than_are_remembered_are_all_answered(
-    client: TestClient, sqlite: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tilewise.api.answer_book.MAX_DEVICES", 2)
-    problem = Problem(batch=1, heads=1, q_len=64, head_dim=64)
-    keys = [f"device.{n}" for n in range(4)]
-    for key in keys:
-        put(sqlite, answer(problem, device_key=key))
-    for key in keys * 2:
-        assert client.get(f"/v1/answers/{key}/{problem.key}").json()["match"] == "exact"
+class TestMany:
+    def test_answers_come_in_the_order_of_the_problems(self, client: TestClient, sqlite: Database) -> None:
+        put(sqlite, answer())
+        other = dataclasses.replace(PROBLEM, head_dim=32, v_head_dim=32)
+        question = {"device": DEVICE, "problems": [PROBLEM.key, other.key, PROBLEM.key], "software": SOFTWARE.key}
+        for _ in range(2):  # the second time from the bytes at hand
+            reply = client.post("/v1/answers", json=question)
+            found = [codec.from_json(Answer, item) for item in reply.json()["answers"]]
+            assert [(one.problem, one.match) for one in found] == [
+                (PROBLEM, Match.EXACT), (other, Match.DEFAULT), (PROBLEM, Match.EXACT)
+            ]  # fmt: skip
+            assert found[0] == dataclasses.replace(answer(), evidence=None)
+        whole = client.post("/v1/answers", json={**question, "evidence": True}).json()["answers"][0]
+        assert codec.from_json(Answer, whole) == answer()
+
+    def test_a_new_verdict_is_served_at_once(self, client: TestClient, sqlite: Database) -> None:
+        versions = []
+        for version in range(3):
+            put(sqlite, answer(), expected_version=version)
+            reply = client.post("/v1/answers", json={"device": DEVICE, "problems": [PROBLEM.key]})
+            versions.append(reply.json()["answers"][0]["version"])
+        assert versions == [1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("change", "field"),
+        [
+            ({"problems": [PROBLEM.key, "nonsense"]}, "problems.1"),
+            ({"problems": ["x"] * 1001}, "problems"),
+            ({"device": "My GPU"}, "device"),
+            ({"software": "torch"}, "software"),
+            ({"problems": [5]}, "problems.0"),
+            ({"evidence": "perhaps"}, "evidence"),
+        ],
+    )
+    def test_what_makes_no_sense_is_named(self, client: TestClient, change: dict[str, object], field: str) -> None:
+        reply = client.post("/v1/answers", json={"device": DEVICE, "problems": [PROBLEM.key], **change})
+        assert (reply.status_code, reply.json()["field"]) == (422, field)
+
+
+def test_another_process_that_writes_is_followed(client: TestClient, sqlite: Database) -> None:
+    assert client.get(ONE).json()["match"] == "default"
+    assert sqlite.file is not None
+    book = client.app.state.answer_book  # type: ignore[attr-defined]
+    with Database.open(f"sqlite:///{sqlite.file}", upgrade=False) as other:
+        put(other, answer())
+    book.refresh()  # what its thread does a few times a second
+    assert client.get(ONE).json()["match"] == "exact"
+
+
+def test_a_lookup_touches_no_sql(client: TestClient, sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(sqlite, answer())
+    client.get(ONE)
+    client.app.state.answer_book.stop()  # type: ignore[attr-defined]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the database was asked")
+
+    monkeypatch.setattr(sqlite, "read", fail)
+    problems = [PROBLEM.key, dataclasses.replace(PROBLEM, head_dim=32, v_head_dim=32).key]
+    for path in (ONE, ALL, *(f"/v1/answers/{DEVICE}/{key}" for key in problems)):
+        assert client.get(path).status_code == 200
+    assert client.post("/v1/answers", json={"device": DEVICE, "problems": problems}).status_code == 200

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tilewise.client.background import Background
 from tilewise.client.client import Client
 from tilewise.client.settings import Settings
 from tilewise.domain.snapshot import Snapshot
@@ -26,6 +27,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("TILEWISE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def own_background(monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
+    """A background thread that has no client of another test, and none when the test is done."""
+    made = Background()
+    monkeypatch.setattr("tilewise.client.client.background", made)
+    yield made
+    made._turns.clear()
+    made._wake.set()
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ from tilewise.domain.snapshot import Snapshot
 class Service:
     """Serves `snapshot`; a test sets `behaviour` to what goes wrong.
 
-    requests: (path, headers) of everything that came in.
+    requests: (path, headers) of every GET that came in; reports: the bodies of usage that were taken.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.behaviour = "well"
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.reports: list[bytes] = []
         self.stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -41,6 +42,15 @@ class Service:
                 service.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
                 with contextlib.suppress(OSError):  # a client that gives up closes its end
                     answer(self, service)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with contextlib.suppress(OSError):
+                    if service.behaviour == "well":
+                        service.reports.append(body)
+                        send(self, b"", status=204)
+                    else:
+                        answer(self, service)
 
             def log_message(self, *_: Any) -> None:
                 """Keep stderr for what matters."""
@@ -109,7 +119,7 @@ def send(
     handler.send_response(status)
     for name, value in (headers or {}).items():
         handler.send_header(name, value)
-    if status != 304:
+    if status not in (204, 304):
         handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)

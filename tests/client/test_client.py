@@ -22,7 +22,7 @@ from ..domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 from .conftest import client
 from .server import Service
 
-OTHER = replace(PROBLEM, batch=7)
+OTHER = replace(PROBLEM, head_dim=32, v_head_dim=32)
 NEWER = Snapshot.of([answer(), answer(OTHER)])
 
 
@@ -147,7 +147,7 @@ def test_trouble_seals_the_last_download_before_the_embedded_snapshot(
     service.behaviour = "500"
     assert client(service.address).ready().snapshot_id == snapshot.id
     assert ["embedded" in warned(caplog)[0], "last download" in warned(caplog)[1]] == [True, True]
-    (file,) = (home / "cache").iterdir()
+    (file,) = (home / "cache").glob("*.snapshot.json")
     file.write_bytes(file.read_bytes().replace(b"10.0", b"99.0"))
     assert client(service.address).ready().snapshot_id == NEWER.id
 

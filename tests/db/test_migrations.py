@@ -2,10 +2,16 @@
 
 from alembic import command
 from sqlalchemy import create_engine, inspect
+from tests.domain.examples import DEVICE, PROBLEM, SOFTWARE, TILED, answer
 
 from tilewise.db import address, schema
+from tilewise.db.answers import AnswerRepository
+from tilewise.db.jobs import JobRepository
 from tilewise.db.models import Base
 from tilewise.db.session import Database
+from tilewise.db.trials import TrialRepository
+from tilewise.domain.job import BUDGETS, JobState
+from tilewise.domain.trial import Outcome, Stage, Trial
 
 
 def test_the_migrations_build_what_the_models_say(database: Database, database_url: str) -> None:
@@ -27,3 +33,25 @@ def test_down_and_up_again_leaves_the_same_tables(database: Database, database_u
     assert set(inspect(engine).get_table_names()) == {*Base.metadata.tables, schema.VERSION_TABLE}
     engine.dispose()
     database.check()
+
+
+def test_what_the_first_schema_kept_is_kept(database: Database, database_url: str) -> None:
+    """A database of 0001 with a job, a trial and an answer comes up to this schema with all of them."""
+    with database.write() as session:
+        AnswerRepository(session).replace(answer(), expected_version=0, reason="first")
+        job = JobRepository(session).create(PROBLEM, DEVICE, BUDGETS["quick"])
+        assert JobRepository(session).start(job.id) == 1
+        trial = Trial(candidate=TILED, stage=Stage.FORWARD, outcome=Outcome.OK, job=job.id)
+        TrialRepository(session).add(trial, problem=PROBLEM, device_key=DEVICE, software=SOFTWARE)
+    engine = create_engine(address.parse(database_url))
+    with engine.begin() as connection:
+        command.downgrade(schema.config(connection), "0001")
+    assert "tokens" not in inspect(engine).get_table_names()
+    engine.dispose()
+    database.close()
+    with Database.open(database_url, upgrade=True) as upgraded, upgraded.read() as session:
+        assert AnswerRepository(session).get(DEVICE, PROBLEM) == answer()
+        assert TrialRepository(session).list(PROBLEM, DEVICE) == (trial,)
+        record = JobRepository(session).get(job.id)
+    assert record is not None
+    assert (record.job.state, record.attempt, record.job.lease) == (JobState.RUNNING, 1, None)

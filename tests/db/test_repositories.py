@@ -14,10 +14,10 @@ from tilewise.db.jobs import JobRepository
 from tilewise.db.references import MAX_TEXT
 from tilewise.db.session import Database
 from tilewise.db.trials import TrialRepository
-from tilewise.domain.answer import Answer
-from tilewise.domain.config import Candidate, Config
+from tilewise.domain.answer import Answer, Finalist
+from tilewise.domain.config import Candidate, Config, Plan
 from tilewise.domain.device import Device, DeviceKind
-from tilewise.domain.errors import DeviceError
+from tilewise.domain.errors import ConflictError, DeviceError
 from tilewise.domain.job import BUDGETS, JobState
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
@@ -54,6 +54,26 @@ def trial(candidate: Candidate = TILED, outcome: Outcome = Outcome.OK, **fields:
         measurement=measurement(2.5, 0.5) if outcome is Outcome.OK else None,
     )
     return dataclasses.replace(made, **fields)  # type: ignore[arg-type]
+
+
+def speed_of(found: Answer) -> float:
+    config = found.plan.forward.config()
+    assert config is not None
+    return float(config["speed"])
+
+
+def final_against(standing: Answer | None, speed: float, problem: Problem) -> Answer | None:
+    """The answer of a final in which `speed` beat what stands; None where it did not."""
+    new = Candidate.of("cpu_tiled", forward=Config.of("cpu_tiled", speed=speed))
+    held = [(new, speed), (SDPA, 1.0)]
+    if standing is not None:
+        if speed_of(standing) <= speed:
+            return None
+        held.append((standing.plan.forward, speed_of(standing)))
+    whole = answer(problem)
+    assert whole.evidence is not None
+    finalists = tuple(Finalist(candidate=one, measurement=measurement(30 * ratio, ratio)) for one, ratio in held)
+    return dataclasses.replace(whole, plan=Plan(new), evidence=dataclasses.replace(whole.evidence, finalists=finalists))
 
 
 class TestDevices:
@@ -283,15 +303,62 @@ class TestAnswers:
             assert AnswerRepository(session).get(DEVICE, PROBLEM) is None
             assert AnswerRepository(session).history(DEVICE, PROBLEM) == ()
 
-    def test_the_marker_moves_with_every_change(self, database: Database) -> None:
-        markers = []
+    def test_who_follows_sees_every_change_once(self, database: Database) -> None:
+        seen, followed = 0, []
         for new, version in ((answer(), 0), (answer(), 1), (answer(OTHER), 0)):
             put(database, new, expected_version=version)
             with database.read() as session:
-                markers.append(AnswerRepository(session).marker(DEVICE))
-        assert len(set(markers)) == 3
+                answers = AnswerRepository(session)
+                followed += [(found.problem_key, found.answer.version) for found in answers.changed_since(seen)]
+                seen = answers.newest()
+        assert followed == [(PROBLEM.key, 1), (PROBLEM.key, 2), (OTHER.key, 1)]
         with database.read() as session:
-            assert AnswerRepository(session).marker(H200.key) == (0, 0)
+            stand = AnswerRepository(session).changed_since(0)
+        assert sorted((found.problem_key, found.answer.version) for found in stand) == [
+            (PROBLEM.key, 2),
+            (OTHER.key, 1),
+        ]
+
+    def test_a_slower_one_of_the_same_final_does_not_replace(self, database: Database) -> None:
+        put(database, answer())
+        slower = dataclasses.replace(answer(), plan=Plan(SDPA))
+        with pytest.raises(ConflictError, match=r"the standing answer had the ratio 0\.3333, the new one 1\.0000"):
+            put(database, slower, expected_version=1)
+        with database.read() as session:
+            assert AnswerRepository(session).get(DEVICE, PROBLEM) == answer()
+
+    def test_64_writers_lose_nothing_and_regress_nothing(self, database_url: str) -> None:
+        """Each writer holds a final of its own against what stands, as a tuner does, and tries again when it lost."""
+        problems = [PROBLEM, OTHER]
+        with Database.open(database_url, upgrade=True) as database:
+
+            def write(number: int) -> list[tuple[str, int]]:
+                won = []
+                for problem in problems:
+                    while True:
+                        with database.read() as session:
+                            standing = AnswerRepository(session).get(DEVICE, problem)
+                        speed = 1 / (number + 2)
+                        new = final_against(standing, speed, problem)
+                        if new is None:
+                            break
+                        if put(database, new, standing.version if standing else 0, reason=f"writer {number}"):
+                            won.append((problem.key, number))
+                            break
+                return won
+
+            with ThreadPoolExecutor(64) as pool:
+                won = [pair for pairs in pool.map(write, range(64)) for pair in pairs]
+            for problem in problems:
+                with database.read() as session:
+                    answers = AnswerRepository(session)
+                    standing, history = answers.get(DEVICE, problem), answers.history(DEVICE, problem)
+                assert standing is not None
+                assert speed_of(standing) == 1 / 65
+                speeds = [speed_of(change.answer) for change in reversed(history)]
+                assert speeds == sorted(speeds, reverse=True)
+                assert [change.answer.version for change in history] == list(range(len(history), 0, -1))
+                assert {change.reason for change in history} == {f"writer {n}" for key, n in won if key == problem.key}
 
     def test_a_snapshot_holds_one_device_or_all(self, database: Database) -> None:
         put(database, answer())

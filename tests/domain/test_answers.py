@@ -14,7 +14,8 @@ from tilewise.domain.config import Candidate, Config, Plan
 from tilewise.domain.device import Device, DeviceKind, check_device_key
 from tilewise.domain.errors import ConfigError, DeviceError, SnapshotError
 from tilewise.domain.matching import match
-from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.problem import Problem
+from tilewise.domain.snapshot import Snapshot, file_of
 from tilewise.domain.software import Software
 from tilewise.domain.space import Constraint, Parameter, SearchSpace
 from tilewise.domain.trial import NumericError, Outcome, Stage, Trial
@@ -234,3 +235,10 @@ def test_device_keys() -> None:
         assert codec.from_json(Device, codec.to_json(device)) == device
     with pytest.raises(DeviceError, match="tilewise doctor"):
         check_device_key("../etc/passwd")
+
+
+def test_a_file_made_of_documents_is_that_of_the_snapshot() -> None:
+    answers = [answer(), answer(Problem(batch=3, heads=8, q_len=128, head_dim=64)), answer(device_key="a.device")]
+    made = Snapshot.of(answers)
+    assert file_of(codec.to_json(one) for one in answers) == (made.id, made.dumps())
+    assert file_of([]) == (Snapshot(()).id, Snapshot(()).dumps())

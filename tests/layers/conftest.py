@@ -25,6 +25,7 @@ def own_session() -> Iterator[None]:
         session._clients.clear()
         session._changed()
         attention._resolved.clear()
+        attention._resolved_before.clear()
         resolve.forget()
 
     reset()

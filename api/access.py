@@ -1,0 +1,118 @@
+"""Who asks, and what they may: bearer tokens in a table that follows the database, one table of scopes by route."""
+
+import base64
+import binascii
+import logging
+import threading
+from dataclasses import dataclass
+
+from tilewise.db.session import Database
+from tilewise.db.tokens import TokenRepository
+from tilewise.domain import token as tokens
+from tilewise.domain.errors import DatabaseError
+from tilewise.domain.token import Scope, Token
+from tilewise.domain.trial import now
+
+FOLLOW_SECONDS = 1.0
+_log = logging.getLogger("tilewise.api")
+# What is no secret: whether the process lives, and what a browser needs to show that a token is wanted.
+_OPEN = ("/healthz", "/readyz", "/static/")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request, by the name of its token; `key` is what its rate is limited by."""
+
+    name: str
+    key: str
+    token: Token | None
+
+    def allows(self, scope: Scope) -> bool:
+        return self.token is None or self.token.allows(scope)
+
+
+class RefusedError(Exception):
+    """The request carries no token that stands."""
+
+
+def needed(method: str, path: str) -> Scope | None:
+    """Return the scope that a request needs, None for what is open; whatever is not listed here needs `admin`."""
+    if path.startswith(_OPEN):
+        return None
+    if path.startswith("/v1/audit"):
+        return Scope.ADMIN
+    if method in ("GET", "HEAD") or (method == "POST" and path == "/v1/answers"):
+        return Scope.READ
+    if method == "POST" and path == "/v1/usage":
+        return Scope.REPORT
+    if (method == "POST" and path == "/v1/jobs") or (method == "DELETE" and path.startswith("/v1/jobs/")):
+        return Scope.TUNE
+    return Scope.ADMIN
+
+
+class Callers:
+    """The tokens of the database. Once there is one, ended ones too, every request needs one."""
+
+    def __init__(self, database: Database, *, required: bool) -> None:
+        self._database, self._required = database, required
+        self._tokens: dict[str, Token] = {}
+        self._known = False  # whether the tokens were ever read: until then nobody is let in
+        self._away = False
+        self._behind = True
+        self._stop = threading.Event()
+        database.watch(self._fall_behind)
+
+    def _fall_behind(self) -> None:
+        self._behind = True
+
+    def identify(self, authorization: bytes | None, address: str, *, browser: bool) -> Caller:
+        """Return who sent a request, which `browser` may also say by the password of Basic. Raises RefusedError."""
+        if self._behind:
+            self.refresh()
+        if self._known and not self._tokens and not self._required:
+            return Caller(f"anonymous@{address}", address, None)
+        kind, _, sent = (authorization or b"").partition(b" ")
+        text = sent.strip().decode("latin-1")
+        if kind.lower() == b"basic" and browser:
+            text = _password(text)
+        elif kind.lower() != b"bearer":
+            raise RefusedError
+        found = tokens.split(text)
+        token = self._tokens.get(found[0]) if found else None
+        if found is None or token is None or not token.valid(found[1], now()):
+            raise RefusedError
+        return Caller(token.name, token.id, token)
+
+    def refresh(self) -> None:
+        """Read the tokens again; where the database is away, those that stood go on."""
+        self._behind = False
+        try:
+            with self._database.read() as session:
+                self._tokens = {token.id: token for token in TokenRepository(session).all()}
+            self._known, self._away = True, False
+        except DatabaseError as error:
+            self._behind = not self._known
+            if not self._away:  # said once, not every second
+                _log.error("tokens are checked from memory: %s", error)
+            self._away = True
+
+    def start(self) -> None:
+        """Follow the database on a daemon thread until `stop`: a revoked token ends within a second or so."""
+        threading.Thread(target=self._follow, name="tilewise-tokens", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(FOLLOW_SECONDS):
+            try:
+                self.refresh()
+            except Exception:  # a mistake here must not leave revoked tokens standing without a word
+                _log.exception("the tokens could not be refreshed")
+
+
+def _password(text: str) -> str:
+    try:
+        return base64.b64decode(text, validate=True).decode("latin-1").partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""

@@ -1,0 +1,327 @@
+"""Jobs with leases, snapshots and channels, demand, tokens, the audit trail and lists by page, on every database."""
+
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import text
+from tests.domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer, measurement
+
+from tilewise.db.answers import AnswerRepository
+from tilewise.db.demand import DemandRepository
+from tilewise.db.devices import DeviceRepository, ProblemRepository
+from tilewise.db.jobs import MAX_ATTEMPTS, JobRepository
+from tilewise.db.session import Database
+from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
+from tilewise.db.tokens import AuditRepository, TokenRepository
+from tilewise.db.trials import ListedTrial, TrialRepository, TrialSort
+from tilewise.domain import token as tokens
+from tilewise.domain.answer import Match
+from tilewise.domain.errors import NotFoundError, SettingsError
+from tilewise.domain.job import BUDGETS, Job, JobState
+from tilewise.domain.problem import Problem
+from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.token import Scope
+from tilewise.domain.trial import Outcome, Stage, Trial, now
+from tilewise.domain.usage import STALE_LOSS, Usage, Use
+
+OTHER = Problem(batch=2, heads=64, kv_heads=8, q_len=4096, head_dim=128, causal=True)
+
+
+def queue(database: Database, number: int = 1) -> list[Job]:
+    with database.write() as session:
+        return [JobRepository(session).create(PROBLEM, DEVICE, BUDGETS["quick"]) for _ in range(number)]
+
+
+class TestClaims:
+    def test_a_claim_takes_the_oldest_of_its_device_with_a_lease(self, database: Database) -> None:
+        first, second = queue(database, 2)
+        with database.write() as session:
+            jobs = JobRepository(session)
+            assert jobs.claim("other.device", "w", lease=60) is None
+            one, two, none = (jobs.claim(DEVICE, f"w{n}", lease=60) for n in range(3))
+        assert one is not None
+        assert two is not None
+        assert none is None
+        assert [one.job.id, two.job.id] == [first.id, second.id]
+        assert one.job.lease is not None
+        assert (one.job.lease.owner, one.job.lease.attempt, one.job.state) == ("w0", 1, JobState.RUNNING)
+        assert timedelta(seconds=50) < one.job.lease.expires - now() <= timedelta(seconds=60)
+
+    def test_a_lost_workers_job_goes_on_under_a_new_attempt(self, database: Database) -> None:
+        (job,) = queue(database)
+        with database.write() as session:
+            jobs = JobRepository(session)
+            assert jobs.claim(DEVICE, "lost", lease=-1) is not None
+        with database.write() as session:
+            jobs = JobRepository(session)
+            again = jobs.claim(DEVICE, "next", lease=60)
+            assert again is not None
+            assert (again.job.id, again.attempt) == (job.id, 2)
+            assert not jobs.holds(job.id, 1)
+            assert not jobs.heartbeat(job.id, 1, lease=60)
+            assert not jobs.finish(job.id, 1, JobState.SUCCEEDED)
+            assert jobs.holds(job.id, 2)
+            assert jobs.heartbeat(job.id, 2, lease=60)
+            assert jobs.finish(job.id, 2, JobState.SUCCEEDED)
+            ended = jobs.get(job.id)
+        assert ended is not None
+        assert ended.job.lease is None
+
+    def test_a_job_that_kills_its_workers_fails(self, database: Database) -> None:
+        (job,) = queue(database)
+        for _ in range(MAX_ATTEMPTS):
+            with database.write() as session:
+                assert JobRepository(session).claim(DEVICE, "w", lease=-1) is not None
+        with database.write() as session:
+            assert JobRepository(session).claim(DEVICE, "w", lease=-1) is None
+            ended = JobRepository(session).get(job.id)
+        assert ended is not None
+        assert (ended.job.state, ended.attempt) == (JobState.FAILED, MAX_ATTEMPTS)
+        assert "workers were lost" in ended.job.message
+
+    def test_a_job_without_a_lease_is_not_taken_over(self, database: Database) -> None:
+        (job,) = queue(database)
+        with database.write() as session:
+            assert JobRepository(session).start(job.id) == 1
+            assert JobRepository(session).claim(DEVICE, "w", lease=60) is None
+
+    def test_of_many_claims_at_once_each_gets_another_job(self, database: Database) -> None:
+        wanted = {job.id for job in queue(database, 24)}
+        together = threading.Barrier(8)
+
+        def claim(number: int) -> list[str]:
+            together.wait()
+            found: list[str] = []
+            while True:
+                with database.write() as session:
+                    record = JobRepository(session).claim(DEVICE, f"w{number}", lease=60)
+                if record is None:
+                    return found
+                found.append(record.job.id)
+
+        with ThreadPoolExecutor(8) as pool:
+            claimed = [job for jobs in pool.map(claim, range(8)) for job in jobs]
+        assert sorted(claimed) == sorted(wanted)
+
+    def test_what_happened_can_be_read_from_anywhere(self, database: Database) -> None:
+        (job,) = queue(database)
+        with database.write() as session:
+            jobs = JobRepository(session)
+            record = jobs.claim(DEVICE, "w", lease=60)
+            assert record is not None
+            jobs.progress(job.id, 1, progress=0.5, message="12 of 24")
+            jobs.cancel(job.id)
+            events = jobs.events(job.id)
+            assert [(event.state, event.progress, event.attempt) for event in events] == [
+                (JobState.QUEUED, 0.0, 0),
+                (JobState.RUNNING, 0.0, 1),
+                (JobState.RUNNING, 0.5, 1),
+                (JobState.CANCELLED, 0.5, 1),
+            ]
+            assert jobs.events(job.id, after=events[1].id) == events[2:]
+            assert jobs.counts()[JobState.CANCELLED] == 1
+
+
+class TestSnapshots:
+    def test_a_frozen_snapshot_comes_back_to_the_byte(self, database: Database) -> None:
+        whole = Snapshot.of([answer(), answer(OTHER)])
+        for _ in range(2):
+            with database.write() as session:
+                frozen = SnapshotRepository(session).freeze(whole, note="before the upgrade")
+        with database.read() as session:
+            snapshots = SnapshotRepository(session)
+            assert snapshots.load(whole.id).dumps() == whole.dumps()
+            assert snapshots.page().items == (frozen,)
+            assert (frozen.answers, frozen.note) == (2, "before the upgrade")
+            assert session.scalar(text("SELECT count(*) FROM snapshot_entries")) == 2
+            with pytest.raises(NotFoundError, match="no snapshot ffff"):
+                snapshots.load("f" * 64)
+
+    def test_a_channel_moves_back_and_tells_its_history(self, database: Database) -> None:
+        first, second = Snapshot.of([answer()]), Snapshot.of([answer(OTHER)])
+        with database.write() as session:
+            for each in (first, second):
+                SnapshotRepository(session).freeze(each)
+            channels = ChannelRepository(session)
+            assert channels.get("stable") is None
+            channels.move("stable", first.id, reason="first", actor="ci")
+            channels.move("stable", second.id, reason="faster", actor="ci")
+            assert channels.get("stable") == second.id
+            assert channels.rollback("stable", reason="slower at night", actor="me").snapshot == first.id
+            assert channels.get("stable") == first.id
+            history = channels.history("stable")
+            assert channels.names() == ("stable",)
+        assert [(change.snapshot, change.previous, change.reason) for change in history] == [
+            (first.id, second.id, "slower at night"),
+            (second.id, first.id, "faster"),
+            (first.id, None, "first"),
+        ]
+
+    def test_a_channel_points_at_nothing_that_is_not_there(self, database: Database) -> None:
+        whole = Snapshot.of([answer()])
+        with database.write() as session:
+            channels = ChannelRepository(session)
+            with pytest.raises(NotFoundError, match="freeze or import it first"):
+                channels.move("stable", whole.id, reason="", actor="")
+            with pytest.raises(SettingsError, match="channel: expected lower-case"):
+                channels.move("a/b", whole.id, reason="", actor="")
+            with pytest.raises(NotFoundError, match="no channel"):
+                channels.rollback("stable", reason="", actor="")
+            SnapshotRepository(session).freeze(whole)
+            channels.move("stable", whole.id, reason="", actor="")
+            for to in (None, "e" * 64):
+                with pytest.raises(NotFoundError, match="nothing to go back to"):
+                    channels.rollback("stable", to=to, reason="", actor="")
+
+
+class TestDemand:
+    def report(self, database: Database, *uses: Use) -> None:
+        with database.write() as session:
+            DemandRepository(session).add(Usage(device_key=DEVICE, snapshot=None, uses=uses))
+
+    def test_what_is_lost_most_comes_first(self, database: Database) -> None:
+        with database.write() as session:
+            AnswerRepository(session).replace(answer(), expected_version=0, reason="test")
+        once = Use(problem=OTHER, match=Match.DEFAULT, calls=10)
+        self.report(database, once, Use(problem=PROBLEM, match=Match.EXACT, calls=1000))
+        self.report(database, once)
+        with database.read() as session:
+            missed, served = DemandRepository(session).list()
+        assert (missed.problem, missed.calls, missed.missed, missed.standing) == (OTHER, 20, 20, False)
+        # estimated from the one answer of the device: 10 ms for its operations, two thirds of the time won
+        assert missed.expected_ms == pytest.approx(OTHER.forward_flops / PROBLEM.forward_flops * 10)
+        assert missed.loss == pytest.approx(2 / 3)
+        assert missed.expected_ms is not None
+        assert missed.lost_ms == pytest.approx(20 * missed.expected_ms * 2 / 3)
+        assert (served.problem, served.calls, served.missed, served.lost_ms) == (PROBLEM, 1000, 0, 0)
+
+    def test_a_stale_answer_loses_little(self, database: Database) -> None:
+        with database.write() as session:
+            AnswerRepository(session).replace(answer(), expected_version=0, reason="test")
+        self.report(database, Use(problem=PROBLEM, match=Match.STALE, calls=100))
+        with database.read() as session:
+            (found,) = DemandRepository(session).list(device_key=DEVICE)
+        assert (found.loss, found.standing) == (STALE_LOSS, True)
+
+    def test_problems_count_by_their_bucket(self, database: Database) -> None:
+        for length in (3000, 3070, 3072):
+            use = Use(problem=dataclasses.replace(OTHER, q_len=length, kv_len=length), match=Match.DEFAULT, calls=1)
+            self.report(database, use)
+        with database.read() as session:
+            (found,) = DemandRepository(session).list()
+        assert (found.problem.q_len, found.calls) == (3072, 3)
+
+    def test_a_sum_stops_before_it_overflows(self, database: Database) -> None:
+        for _ in range(3):
+            self.report(database, *[Use(problem=OTHER, match=Match.DEFAULT, calls=2**53)] * 600)
+        with database.write() as session:
+            session.execute(text(f"UPDATE demand SET calls = {2**62 - 1}"))
+        self.report(database, Use(problem=OTHER, match=Match.DEFAULT, calls=5))
+        with database.read() as session:
+            assert DemandRepository(session).list()[0].calls == 2**62
+
+    def test_reports_that_come_at_once_are_all_counted(self, database: Database) -> None:
+        uses = [Use(problem=dataclasses.replace(OTHER, batch=n), match=Match.DEFAULT, calls=1) for n in range(1, 6)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: self.report(database, *(uses if n % 2 else reversed(uses))), range(16)))
+        with database.read() as session:
+            assert {found.calls for found in DemandRepository(session).list()} == {16}
+
+
+class TestTokens:
+    def test_a_token_is_kept_without_its_secret(self, database: Database) -> None:
+        with database.write() as session:
+            kept, sent = TokenRepository(session).create("ci", (Scope.READ, Scope.TUNE))
+            assert TokenRepository(session).all() == (kept,)
+        id_, secret = tokens.split(sent) or ("", "")
+        assert id_ == kept.id
+        assert secret not in repr(kept)
+        assert kept.valid(secret, now())
+        assert not kept.valid(secret[:-1] + ("a" if secret[-1] != "a" else "b"), now())
+        assert [kept.allows(scope) for scope in Scope] == [True, False, True, False]
+
+    def test_a_revoked_or_expired_token_stands_no_longer(self, database: Database) -> None:
+        with database.write() as session:
+            repository = TokenRepository(session)
+            kept, sent = repository.create("ci", (Scope.ADMIN,))
+            old, old_sent = repository.create("old", (Scope.READ,), expires=now() - timedelta(seconds=1))
+            repository.revoke(kept.id)
+            with pytest.raises(NotFoundError, match="no token"):
+                repository.revoke("0123")
+            revoked = repository.all()[0]
+        for token, text_ in ((revoked, sent), (old, old_sent)):
+            assert not token.valid((tokens.split(text_) or ("", ""))[1], now())
+
+    def test_the_audit_trail_is_read_newest_first(self, database: Database) -> None:
+        with database.write() as session:
+            for number in range(3):
+                AuditRepository(session).add("ci", "channel.move", "stable", f"to {number}")
+            page = AuditRepository(session).page(limit=2)
+            rest = AuditRepository(session).page(limit=2, after=page.next)
+        assert [entry.detail for entry in (*page.items, *rest.items)] == ["to 2", "to 1", "to 0"]
+        assert rest.next is None
+
+
+class TestPages:
+    @pytest.fixture
+    def filled(self, database: Database) -> Database:
+        with database.write() as session:
+            trials = TrialRepository(session)
+            for number in range(23):
+                ok = number % 3 > 0
+                made = Trial(
+                    candidate=TILED if number % 2 else SDPA,
+                    stage=Stage.FORWARD,
+                    outcome=Outcome.OK if ok else Outcome.FAILED,
+                    measurement=measurement(float(number % 5), 1.0) if ok else None,
+                )
+                trials.add(made, problem=OTHER if number < 7 else PROBLEM, device_key=DEVICE, software=SOFTWARE)
+        return database
+
+    @pytest.mark.parametrize("descending", [False, True])
+    @pytest.mark.parametrize(
+        ("sort", "filters"),
+        [
+            (TrialSort.ID, {}),
+            (TrialSort.ID, {"backend": "sdpa"}),
+            (TrialSort.ID, {"outcome": Outcome.OK, "problem": PROBLEM}),
+            (TrialSort.MEDIAN, {"problem": PROBLEM}),
+            (TrialSort.MEDIAN, {"problem": PROBLEM, "backend": "sdpa"}),
+        ],
+    )
+    def test_pages_of_trials_hold_each_once_in_order(
+        self, filled: Database, sort: TrialSort, descending: bool, filters: dict[str, object]
+    ) -> None:
+        found: list[ListedTrial] = []
+        after = None
+        with filled.read() as session:
+            trials = TrialRepository(session)
+            whole = trials.page(sort=sort, descending=descending, limit=100, **filters)  # type: ignore[arg-type]
+            while True:
+                page = trials.page(sort=sort, descending=descending, limit=4, after=after, **filters)  # type: ignore[arg-type]
+                found += page.items
+                after = page.next
+                if after is None:
+                    break
+        assert tuple(found) == whole.items
+        assert len({one.id for one in found}) == len(found) > 4
+        keys = [(one.trial.measurement.median_ms if one.trial.measurement else 0.0, one.id) for one in found]
+        order = keys if sort is TrialSort.MEDIAN else [key[1:] for key in keys]
+        assert order == sorted(order, reverse=descending)
+
+    def test_problems_devices_and_jobs_are_listed_by_page(self, filled: Database) -> None:
+        jobs = [job.id for job in queue(filled, 5)]
+        with filled.read() as session:
+            problems = ProblemRepository(session)
+            assert {*problems.page().items} == {OTHER, PROBLEM}
+            assert problems.page(head_dim=128, causal=True).items == (OTHER,)
+            assert problems.page(search="d64").items == (PROBLEM,)
+            assert problems.page(search="%").items == ()
+            assert [one.key for one in DeviceRepository(session).page().items] == [DEVICE]
+            first = JobRepository(session).page(limit=3)
+            rest = JobRepository(session).page(limit=3, after=first.next)
+            assert JobRepository(session).page(states=[JobState.RUNNING]).items == ()
+        assert [record.job.id for record in (*first.items, *rest.items)] == jobs[::-1]
