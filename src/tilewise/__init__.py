@@ -33,8 +33,8 @@ if TYPE_CHECKING:
         FastMultiQueryAttention,
     )
     from tilewise.layers.session import answer, configure, ready, refresh
-    from tilewise.layers.warmup import warmup
     from tilewise.layers.state_dicts import weights_from_deepseek, weights_from_llama, weights_from_torch
+    from tilewise.layers.warmup import warmup
 
 __version__ = "0.1.0"
 
