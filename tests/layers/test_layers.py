@@ -74,6 +74,15 @@ def test_cross_attention_of_two_tensors(form: str, kernel: str) -> None:
     assert_right(on(form, kernel), (rows(5), rows(13, seed=1)), Attends(rope=form == "decoupled"))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 3}, {"position_method": "rope"}, {"position_method": "alibi"}]
+)
+@pytest.mark.parametrize("form", HEADED)
+def test_the_last_query_stands_where_the_last_key_does(form: str, options: dict[str, Any]) -> None:
+    layer, x = layer_of(form, causal=True, **options), rows(11)
+    torch.testing.assert_close(tensor(layer(x[:, -4:], x)), tensor(layer(x))[:, -4:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_one_tensor_three_times(form: str) -> None:
     layer, x = layer_of(form, causal=True, position_method="rope"), rows(9)
