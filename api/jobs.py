@@ -1,7 +1,6 @@
 """/v1/jobs: queue a tuning, list, look, cancel, and watch."""
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Annotated
@@ -16,7 +15,7 @@ from tilewise.db.session import Database
 from tilewise.db.tokens import AuditRepository
 from tilewise.domain import codec
 from tilewise.domain.errors import ConflictError, NotFoundError
-from tilewise.domain.job import BUDGETS, JobEvent, JobState
+from tilewise.domain.job import JobEvent, JobState, budget_named
 
 from . import documents
 from .dependencies import Actor, DatabaseOfApp, OfDevice, OfProblem, checked_device, checked_problem
@@ -34,12 +33,7 @@ def submit(wanted: documents.NewJob, database: DatabaseOfApp, actor: Actor) -> R
     """A worker on that device will take it: `tilewise worker`."""
     problem = checked_problem(wanted.problem, "problem")
     device_key = checked_device(wanted.device, "device")
-    budget = BUDGETS[wanted.budget]
-    if wanted.trials is not None:
-        patience = max(budget.patience, wanted.trials)
-        budget = dataclasses.replace(budget, trials=wanted.trials, patience=patience)
-    if wanted.seconds is not None:
-        budget = dataclasses.replace(budget, seconds=wanted.seconds)
+    budget = budget_named(wanted.budget, trials=wanted.trials, seconds=wanted.seconds)
     with database.write() as session:
         jobs = JobRepository(session)
         job = jobs.create(problem, device_key, budget)

@@ -56,7 +56,8 @@ class Answer:
     - match: how the answer was found; `missed` names the field that kept a better match away, empty for exact.
     - measured: the problem the evidence is about: `problem` itself, or its bucket, or a near one; None for default.
     - expected_ms, interval: time of the plan with its 20th and 80th percentile; None for default.
-    - regret: upper bound of the share of time lost against the best plan known; 0 for exact.
+    - regret: share of time lost against the best plan that holds 9 times in 10: 0 for exact, bounded for near, None
+      where nothing bounds it (stale, default).
     - baseline_ms: time of torch's own choice in the same final.
     - version: counts the changes of this answer; a write names the version it replaces.
     """

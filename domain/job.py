@@ -1,7 +1,7 @@
 """Job and Budget: a tuning that was asked for, and how much of it is allowed."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from .errors import SettingsError
@@ -53,6 +53,16 @@ BUDGETS = {
         Budget(name="full", trials=1000, seconds=1800, patience=1000, finalists=6, rounds=200),
     )
 }
+
+
+def budget_named(name: str, *, trials: int | None = None, seconds: float | None = None) -> Budget:
+    """Return the budget of that name, with the limits that are given. Raises SettingsError for an unknown name."""
+    budget = BUDGETS.get(name)
+    if budget is None:
+        raise SettingsError(f"budget: expected one of {', '.join(BUDGETS)}, got {name!r}")
+    if trials is not None:
+        budget = replace(budget, trials=trials, patience=max(budget.patience, trials))
+    return budget if seconds is None else replace(budget, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,8 @@ def match(problem: Problem, device_key: str, software: Software | None, kept: Ma
         differences = _differences(found, software)
         if not differences:
             return replace(answer, match=Match.EXACT, missed="", regret=0.0)
-        stale = stale or replace(answer, match=Match.STALE, missed=f"software: {', '.join(differences)}")
+        # what a plan loses under other software nobody measured: no bound is better than a made-up one
+        stale = stale or replace(answer, match=Match.STALE, missed=f"software: {', '.join(differences)}", regret=None)
     missed = f"problem: {bucket.key} was not measured on {device_key}"
     return stale or _near(bucket, problem, software, kept, missed) or default_answer(problem, device_key, missed)
 

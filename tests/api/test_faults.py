@@ -32,7 +32,7 @@ def test_a_killed_service_loses_no_acknowledged_write_and_no_step(tmp_path: Path
     assert report.refused > 0
     assert report.steps > 100
     assert report.longest_refresh_ms < faults.REFRESH_LIMIT * 1e3 + 400
-    assert report.longest_step_ms < 200  # a lookup asks nobody: what is left is the scheduler of a busy machine
+    assert report.longest_step_ms < 400  # a lookup asks nobody: what is left is the scheduler of a busy machine
 
 
 @pytest.fixture

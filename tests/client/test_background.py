@@ -178,7 +178,7 @@ def test_a_peer_that_hangs_with_the_lock_delays_the_others_for_their_limit_only(
     with one._cache.turn(*one._cache_key(), timeout=5):
         start = time.monotonic()
         client(service.address).ready(timeout=0.3)
-        assert time.monotonic() - start < 0.8
+        assert time.monotonic() - start < 2
 
 
 def test_a_forked_child_answers_and_does_not_tell_for_its_parent(service: Service, quick: Background) -> None:

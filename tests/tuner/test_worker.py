@@ -30,9 +30,11 @@ PROCESS = """
 import fcntl, os, sys, threading, time
 from pathlib import Path
 from tests.tuner.test_worker import steps
+from tilewise.db import jobs
 from tilewise.db.session import Database
 from tilewise.tuner.worker import Worker
 
+jobs.MAX_ATTEMPTS = 100  # so many kills may hit one job
 url, folder, pause = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 
 def run(record, tell):
@@ -81,7 +83,7 @@ def job(database: Database, job_id: str) -> JobRecord:
     return record
 
 
-def start(url: str, folder: Path, *, pause: float = 0.005, lease: float = 1.5) -> subprocess.Popen[bytes]:
+def start(url: str, folder: Path, *, pause: float = 0.005, lease: float = 5.0) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     command = [sys.executable, "-c", PROCESS, url, str(folder), str(pause), str(lease)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
