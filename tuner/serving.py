@@ -86,7 +86,6 @@ def serve(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if data_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here, also under the tests of a machine without GPU
     room = Room(connection)
     threading.Thread(target=_beat, args=(room,), daemon=True).start()
     while True:

@@ -24,7 +24,7 @@ SAMPLES = 10  # of lengths, amplitude and noise
 MOVES, FIRST_MOVES = 4, 25  # of each sample between two proposals, and before the first
 WORST = math.log(4.0)  # above the best: how much worse something is than that teaches nothing
 _LENGTH, _AMPLITUDE, _NOISE = (math.log(0.7), 0.7), (0.0, 0.5), (math.log(0.03), 0.7)  # lognormal priors
-_TASK_LENGTH = (math.log(1.5), 0.7)  # of the distance between problems
+_TASK_LENGTH = (math.log(0.8), 0.7)  # of the distance between problems
 _JITTER = 1e-6
 _OCTAVES = 3.0  # powers of two that are as far apart as two categories
 

@@ -22,6 +22,7 @@ from .timing import Clock, Final, final, screen
 
 SCREEN_SECONDS = 0.6
 VERIFIED = 4  # times that a finalist's results are looked at again
+FINAL_PATIENCE = 8.0  # times its seconds: with one thread these are of the process, on a machine that may be busy
 ALONE = 15  # calls of the fastest of a final, without the others between
 ALONE_TRIES = 3
 SUSPICIOUS = 1.5  # times as long alone, beside the reference alone: clocks under a power cap make up to 1.3
@@ -116,7 +117,7 @@ class Bench:
 
         def hold() -> _Found:
             nonlocal running
-            enter("final", limits.measure + 4 * seconds)
+            enter("final", limits.measure + FINAL_PATIENCE * seconds)
             steps, modes = [], []
             for running in candidates:  # making a step may fail too
                 step, mode = self._timed(running)

@@ -173,39 +173,42 @@ class _Tuning:
         ]
 
     def _try_defaults(self, pipeline: Pipeline) -> dict[Role, SearchSpace]:
-        """Try every backend's default, torch's own choice first; return the spaces by backend, role and kernel."""
-        names = [
-            self._default.backend,
-            *(name for name in BACKENDS if name in self._backends - {self._default.backend}),
-        ]
+        """Try every backend's default, torch's own choice first; return the spaces by backend, role and kernel.
+
+        All are on their way at once: what compiles does so while the tensors of the problem are prepared.
+        """
+        names = [self._default.backend, *(name for name in BACKENDS if name in self._backends)]
         spaces: dict[Role, SearchSpace] = {}
-        for name in names:
+        refused: list[Trial] = []
+        for name in dict.fromkeys(names):
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
-            candidate = Candidate(name) if reason else backend.default(self._problem, self._device)
-            skipped = self._why_skipped(backend) if reason is None and candidate not in self._ledger.trials else None
-            if skipped is not None:
-                self._keep(Tried(trial=pipeline.trial(candidate, Outcome.SKIPPED, skipped)), pipeline)
+            candidate = Candidate(name) if reason else self._default_of(name)
+            known = candidate in self._ledger.trials
+            if reason is None and not known and (skipped := self._why_skipped(backend)) is not None:
+                refused.append(pipeline.trial(candidate, Outcome.SKIPPED, skipped))
                 continue
-            if candidate not in self._ledger.trials:
-                if reason is None:
-                    pipeline.submit(candidate)
-                else:
-                    self._keep(Tried(trial=pipeline.trial(candidate, Outcome.UNSUPPORTED, reason)), pipeline)
+            if reason is not None and not known:
+                refused.append(pipeline.trial(candidate, Outcome.UNSUPPORTED, reason))
+            elif not known:
+                pipeline.submit(candidate)
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
                     spaces |= {(name, role, kernel.kernel): kernel for kernel in space.by_kernel}
-            if candidate == self._default:
-                self._take_all(pipeline)
-                self._start = time.monotonic()
-                self._ledger.begin("search")
-                if self._ledger.trials[candidate].outcome is not Outcome.OK:
-                    message = self._ledger.trials[candidate].message
-                    raise TuningError(
-                        f"{self._default} fails on {self._problem.key}, nothing can be compared: {message}"
-                    )
+        while self._default not in self._ledger.trials and pipeline.pending:
+            self._keep(pipeline.take(best_ratio=self._ledger.best_ratio), pipeline)
+        self._refuse_without_baseline(refused)
+        self._start = time.monotonic()
+        self._ledger.begin("search")
+        for trial in refused:
+            self._keep(Tried(trial=trial), pipeline)
         self._take_all(pipeline)
         return spaces
+
+    def _refuse_without_baseline(self, refused: Sequence[Trial]) -> None:
+        found = self._ledger.trials.get(self._default) or next(t for t in refused if t.candidate == self._default)
+        if found.outcome is not Outcome.OK:
+            raise TuningError(f"{self._default} fails on {self._problem.key}, nothing can be compared: {found.message}")
 
     def _take_all(self, pipeline: Pipeline) -> None:
         while pipeline.pending:

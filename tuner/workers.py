@@ -39,21 +39,20 @@ _context = multiprocessing.get_context("forkserver")
 def prestart() -> None:
     """Start the process that workers are forked from; it imports torch while the caller does other things."""
     _context.set_forkserver_preload(PRELOADED)
-    with _same_path():
+    with _environment():
         forkserver.ensure_running()
 
 
 @contextlib.contextmanager
-def _same_path() -> Iterator[None]:
-    """Within, a new interpreter finds what this one finds: what it preloads must be the same modules."""
-    before = os.environ.get("PYTHONPATH")
+def _environment() -> Iterator[None]:
+    """Within, a new interpreter finds the modules that this one finds, and imports a triton that compiles."""
+    before = {name: os.environ.pop(name, None) for name in ("PYTHONPATH", "TRITON_INTERPRET")}
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
         yield
     finally:
         os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,16 @@ def test_doctor_says_why_a_backend_is_absent(run: Cli) -> None:
         (["tune"], 2, r"nothing to tune: give --model NAME or --problem KEY"),
         (["tune", "--model", "llama3_70b", "--dtype", "fp64"], 2, r"--dtype: expected one of fp16, bf16, fp32"),
         (["tune", "--problem", KEY, "--backends", "sdpa,magic"], 2, r"unknown backend 'magic'; expected one of sdpa"),
+        (
+            ["landscape", "replay", "absent.jsonl.gz"],
+            2,
+            r"absent\.jsonl\.gz is no landscape .*; record one with `tilewise",
+        ),
+        (
+            ["landscape", "record", "--problem", KEY, "--backend", "triton", "--device", "cpu"],
+            2,
+            r"triton cannot compute \S+ here: needs a CUDA device",
+        ),
         (["tune", "--problem", KEY, "--device", "cuda:99"], 1, r"no device 'cuda:99' on this machine: expected auto"),
         (["answer", "nonsense"], 2, r"not a problem key"),
         (["answer", KEY, "--device", "cpu"], 1, r"there is no database at .*; create it: `tilewise db upgrade"),

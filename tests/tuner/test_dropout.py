@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -251,6 +252,8 @@ def set_up_interpreted() -> None:
     """Give a worker what `triton_device` gives this process."""
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "triton" and "_C" not in name]:
+            del sys.modules[name]  # it decides as it is imported what its functions are
         Triton.supports = lambda *_: None  # type: ignore[method-assign]
         Triton.spaces = lambda *_: {}  # type: ignore[method-assign]
 
