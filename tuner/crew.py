@@ -106,6 +106,10 @@ class Pipeline:
         self._longest = 0.0  # seconds of a right candidate
         self._best_ratio = float("inf")
 
+    def compare_with(self, reference: Candidate) -> None:
+        """Take the ratios of what is tried from now on against `reference`."""
+        self._preparation = replace(self._preparation, reference=reference)
+
     def submit(self, candidate: Candidate) -> None:
         queue = self._queues.to_compile if self._ahead(candidate.backend) else self._queues.to_measure
         queue.append(_Waiting(candidate))

@@ -16,13 +16,13 @@ NOT_TRIED = (Outcome.UNSUPPORTED, Outcome.SKIPPED)  # of what was not run
 class Ledger:
     """The newest trial of every candidate, and where the seconds went.
 
-    - baseline: torch's own choice, which every ratio is to.
+    - baseline: what every ratio is to: torch's own choice where it is right.
     - default_of: gives a backend's candidate without any search.
     """
 
     def __init__(self, baseline: Candidate, default_of: Callable[[str], Candidate]) -> None:
         self.trials: dict[Candidate, Trial] = {}
-        self._baseline, self._default_of = baseline, default_of
+        self.baseline, self._default_of = baseline, default_of
         self._compiled, self._compile_seconds, self._seconds = 0, 0.0, 0.0
         self._began = {"prepare": time.monotonic()}
 
@@ -94,12 +94,12 @@ class Ledger:
             total=total,
             seconds_left=max(0.0, seconds_left),
             best=best,
-            baseline=self.trials.get(self._baseline),
+            baseline=self.trials.get(self.baseline),
             default=default,
         )
 
 
 def ratio_of(trial: Trial) -> float:
-    """Return the ratio to torch's own choice; infinite where there is none."""
+    """Return the ratio to the baseline; infinite where there is none."""
     ratio = trial.measurement.ratio if trial.measurement else None
     return float("inf") if ratio is None else ratio

@@ -41,6 +41,9 @@ MAX_SWAPS = 5
 # and the evidence then tells how every serious backend did.
 CONTENDER = 1.5
 MAX_FINAL_SECONDS = 60.0
+# What ratios are taken against where torch's own choice is wrong, the first that is right: cuDNN's dropout is no fair
+# draw (docs/notes/backends.md).
+STAND_INS = ("sdpa_flash", "sdpa_efficient", "sdpa_math", "plain")
 # The share of the search's seconds that compiling one config of a backend may take.
 AFFORDABLE = 0.5
 
@@ -108,7 +111,7 @@ class _Tuning:
         self._budget, self._fresh, self._seed, self._report = budget, fresh, seed, report
         self._device: Device = devices.describe(crew.device)
         self._software: Software = devices.software(self._device.kind)
-        self._default = default_candidate(problem)
+        self._default = self._baseline = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
         self._named = frozenset(backends)
         self._ledger = Ledger(self._default, self._default_of)
@@ -143,7 +146,7 @@ class _Tuning:
         return Preparation(
             problem=self._problem,
             device=str(self._crew.device),
-            reference=self._default,
+            reference=self._baseline,
             seed=self._seed,
             threads=torch.get_num_threads(),
             job=job,
@@ -180,6 +183,7 @@ class _Tuning:
         names = [self._default.backend, *(name for name in BACKENDS if name in self._backends)]
         spaces: dict[Role, SearchSpace] = {}
         refused: list[Trial] = []
+        submitted: list[Candidate] = []
         for name in dict.fromkeys(names):
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
@@ -191,13 +195,19 @@ class _Tuning:
             if reason is not None and not known:
                 refused.append(pipeline.trial(candidate, Outcome.UNSUPPORTED, reason))
             elif not known:
+                submitted.append(candidate)
                 pipeline.submit(candidate)
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
                     spaces |= {(name, role, kernel.kernel): kernel for kernel in space.by_kernel}
         while self._default not in self._ledger.trials and pipeline.pending:
             self._keep(pipeline.take(best_ratio=self._ledger.best_ratio), pipeline)
-        self._refuse_without_baseline(refused)
+        found = self._ledger.trials.get(self._default) or next(t for t in refused if t.candidate == self._default)
+        if found.outcome is not Outcome.OK:
+            self._find_stand_in(pipeline, found)
+            for candidate in submitted:
+                if candidate not in self._ledger.trials:
+                    pipeline.submit(candidate)
         self._start = time.monotonic()
         self._ledger.begin("search")
         for trial in refused:
@@ -205,10 +215,27 @@ class _Tuning:
         self._take_all(pipeline)
         return spaces
 
-    def _refuse_without_baseline(self, refused: Sequence[Trial]) -> None:
-        found = self._ledger.trials.get(self._default) or next(t for t in refused if t.candidate == self._default)
-        if found.outcome is not Outcome.OK:
-            raise TuningError(f"{self._default} fails on {self._problem.key}, nothing can be compared: {found.message}")
+    def _find_stand_in(self, pipeline: Pipeline, failed: Trial) -> None:
+        """Settle what ratios are taken against where torch's own choice is not right: the first of STAND_INS that is.
+
+        Raises TuningError where none is.
+        """
+        pipeline.abandon()
+        wrong = [f"{failed.candidate} fails: {failed.message}"]
+        for candidate in map(Candidate, STAND_INS):
+            if backend_named(candidate.backend).supports(self._problem, self._device) is not None:
+                continue
+            self._backends.add(candidate.backend)
+            self._baseline = self._ledger.baseline = candidate
+            pipeline.compare_with(candidate)
+            if candidate not in self._ledger.trials:
+                pipeline.submit(candidate)
+                self._take_all(pipeline)
+            trial = self._ledger.trials[candidate]
+            if trial.outcome is Outcome.OK:
+                return
+            wrong.append(f"{candidate} fails: {trial.message}")
+        raise TuningError(f"{self._problem.key}: nothing can be compared: {'; '.join(wrong)}")
 
     def _take_all(self, pipeline: Pipeline) -> None:
         while pipeline.pending:
@@ -326,8 +353,8 @@ class _Tuning:
                 return standing, finalists, judged.final
             for trial in judged.failures:
                 self._keep(Tried(trial=trial), pipeline)
-                if trial.candidate == self._default:
-                    raise TuningError(f"{self._default} fails in the final of {self._problem.key}: {trial.message}")
+                if trial.candidate == self._baseline:
+                    raise TuningError(f"{self._baseline} fails in the final of {self._problem.key}: {trial.message}")
 
     def _standing(self, previous: Answer | None, pipeline: Pipeline) -> Candidate | None:
         """Return the standing answer's candidate if it is still right here; it may be of older software."""
@@ -346,7 +373,7 @@ class _Tuning:
         return candidate if self._ledger.trials[candidate].outcome is Outcome.OK else None
 
     def _finalists(self, standing: Candidate | None) -> tuple[Candidate, ...]:
-        """Return torch's own choice, the standing answer, defaults, the best few and each backend's near-best one."""
+        """Return the baseline, the standing answer, defaults, the best few and each backend's near-best one."""
         ranked = self._ledger.right
         best = [trial.candidate for trial in ranked[: self._budget.finalists]]
         of_backends = {trial.candidate.backend: trial for trial in reversed(ranked)}.values()
@@ -357,7 +384,7 @@ class _Tuning:
             if trial.candidate.configs and trial.candidate == self._default_of(trial.candidate.backend)
         ]
         standing_too = [standing] if standing is not None else []
-        return tuple(dict.fromkeys([self._default, *standing_too, *defaults, *best]))
+        return tuple(dict.fromkeys([self._baseline, *standing_too, *defaults, *best]))
 
     # what is kept and told
 

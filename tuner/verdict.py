@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tilewise.domain.answer import Answer, Evidence, Finalist, Match
 from tilewise.domain.config import Candidate, Plan
+from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 from tilewise.domain.trial import now
@@ -31,10 +32,10 @@ def decide(
     standing: Candidate | None,
     searched: Searched,
 ) -> Answer:
-    """Return the answer that a final gives; `candidates[0]` is torch's own choice and the reference of all ratios.
+    """Return the answer that a final gives; `candidates[0]` is the reference of all ratios.
 
-    The incumbent (the standing answer, else torch's own choice) stays unless the fastest beats it by more than the
-    final's noise.
+    That is torch's own choice, or what stands in for it where it is wrong. The incumbent (the standing answer, else
+    the reference) stays unless the fastest beats it by more than the final's noise.
     """
     ratios = {c: m.ratio or 1.0 for c, m in zip(candidates, final.measurements, strict=True)}
     measured = dict(zip(candidates, final.measurements, strict=True))
@@ -67,16 +68,22 @@ def decide(
             trials=searched.trials,
             failed=searched.failed,
             seconds=searched.seconds,
-            reason=_reason(winner, fastest, incumbent, gain, margin, known=standing in measured)
+            reason=_reason(winner, fastest, incumbent, gain, margin, title=_title(problem, incumbent, standing))
             + ("; another process used the device meanwhile" if won.power_state == "shared" else ""),
         ),
     )
 
 
+def _title(problem: Problem, incumbent: Candidate, standing: Candidate | None) -> str:
+    if incumbent == standing:
+        return "the standing answer"
+    own = incumbent == default_candidate(problem)
+    return "torch's own choice" if own else "what stands in for torch's own choice, which is wrong here"
+
+
 def _reason(
-    winner: Candidate, fastest: Candidate, incumbent: Candidate, gain: float, margin: float, *, known: bool
+    winner: Candidate, fastest: Candidate, incumbent: Candidate, gain: float, margin: float, *, title: str
 ) -> str:
-    title = "the standing answer" if known else "torch's own choice"
     if fastest == incumbent:
         return f"{title}, {winner}, is the fastest of the final"
     if winner == incumbent:

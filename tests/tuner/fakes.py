@@ -24,6 +24,7 @@ from tilewise.kernels.backends import BACKENDS
 from tilewise.kernels.call import Call
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.timing import CpuClock
+from tilewise.tuner.tune import STAND_INS
 
 CPU = torch.device("cpu")
 TINY = Problem(batch=1, heads=2, q_len=64, head_dim=16, dtype=Dtype.FP32, causal=True, window=(16, 0))
@@ -310,3 +311,10 @@ def set_up_without_sdpa() -> None:
     """Register every fake in a worker, and one that is broken as torch's own choice."""
     set_up()
     BACKENDS["sdpa"] = Fake(broken, name="sdpa")
+
+
+def set_up_without_torch() -> None:
+    """Register every fake in a worker, and broken ones as every path of torch."""
+    set_up()
+    for name in ("sdpa", *STAND_INS):
+        BACKENDS[name] = Fake(broken, name=name)

@@ -28,7 +28,7 @@ from tilewise.tuner.trying import Judged
 from tilewise.tuner.tune import Verdict, tune
 
 from ..domain.examples import answer as an_answer
-from .fakes import BUDGET, CPU, FAST_LIMITS, TINY, seen, set_up_without_sdpa
+from .fakes import BUDGET, CPU, FAST_LIMITS, TINY, seen, set_up_without_sdpa, set_up_without_torch
 
 KEY = describe(CPU).key
 SDPA = Candidate("sdpa")
@@ -267,20 +267,36 @@ def test_an_unknown_backend_leaves_nothing_behind(database: Database) -> None:
     assert jobs(database) == ()
 
 
-def test_nothing_is_tuned_where_torchs_own_choice_fails(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        Crew(CPU, compilers=1, limits=FAST_LIMITS, setup=set_up_without_sdpa) as crew,
-        monkeypatch.context() as patch,
-    ):
+def tuned_by(crew: Crew, database: Database, monkeypatch: pytest.MonkeyPatch) -> Verdict:
+    with crew, monkeypatch.context() as patch:
         patch.setitem(HANDS, "crew", crew)
-        with pytest.raises(TuningError, match=r"sdpa fails on .* nothing can be compared: .*the kernel is broken"):
-            tuned(database)
+        return tuned(database)
+
+
+def test_another_path_stands_in_where_torchs_own_choice_fails(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Crew(CPU, compilers=1, limits=FAST_LIMITS, setup=set_up_without_sdpa)
+    answer = tuned_by(crew, database, monkeypatch).answer
+    assert answer.evidence is not None
+    assert answer.evidence.reference == Candidate("sdpa_math")
+    assert SDPA not in {each.candidate for each in answer.evidence.finalists}
+    assert {trial.outcome for trial in trials(database) if trial.candidate == SDPA} == {Outcome.FAILED}
+    assert "what stands in for torch's own choice, which is wrong here" in answer.evidence.reason
+
+    # what made it fail is gone: a later run does not hold the failure against it
+    later = tuned(database).answer.evidence
+    assert later is not None
+    assert later.reference == SDPA
+
+
+def test_nothing_is_tuned_where_no_path_of_torch_is_right(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew(CPU, compilers=1, limits=FAST_LIMITS, setup=set_up_without_torch)
+    with pytest.raises(TuningError, match=r"nothing can be compared: sdpa fails: .*broken.*; plain fails: .*broken"):
+        tuned_by(crew, database, monkeypatch)
     (job,) = jobs(database)
     assert job.job.state is JobState.FAILED
     assert "nothing can be compared" in job.job.message
-
-    # what made it fail is gone: a later run does not hold the failure against it
-    assert tuned(database).answer.version == 1
 
 
 class AnswerInBetween(Watcher):
