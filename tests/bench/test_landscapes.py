@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_a_file_that_is_no_landscape(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingsError, match="no landscape in"):
         load_all([(tmp_path / "empty")])
+
+
+def test_the_kept_landscapes_are_whole_and_the_surrogate_is_good_on_them() -> None:
+    """97% of the optimum within 8% of the configs, at least 20, in the median of a few seeds."""
+    for landscape in load_all([Path(__file__).resolve().parents[2] / "bench" / "landscapes"]):
+        assert len(landscape.points) >= 300
+        assert {point.config for point in landscape.points} == set(landscape.space)
+        allowed = max(20.0, 0.08 * len(landscape.points))
+        runs = [replay.replay(landscape, SURROGATE, seed, most=math.ceil(allowed)) for seed in range(5)]
+        assert statistics.median(run.trials_to(0.97) for run in runs) <= allowed
 
 
 # replaying
