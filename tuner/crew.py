@@ -19,8 +19,8 @@ from tilewise.kernels.backends import backend_named
 from .compiling import Compiled, Compiling
 from .limits import Limits
 from .measuring import Attempting, Judging, Preparation, Setup, Soaking, no_setup
+from .processes import Ended, Worker, wait_for
 from .trying import Judged, stage_of
-from .workers import Ended, Worker, wait_for
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
 COMPILATIONS = 3.0  # times Backend.compile_seconds, on a busy machine

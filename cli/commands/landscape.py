@@ -36,7 +36,7 @@ def record_command(
     from ..torch import need_torch
 
     need_torch()
-    from tilewise.tuner.workers import prestart
+    from tilewise.tuner.processes import prestart
 
     prestart()
     from tilewise.bench.landscape import save

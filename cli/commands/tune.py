@@ -54,7 +54,7 @@ def tune(
     from ..torch import need_torch
 
     need_torch()
-    from tilewise.tuner.workers import prestart
+    from tilewise.tuner.processes import prestart
 
     prestart()  # it imports torch beside what is imported here
     from tilewise.bench.search_plot import plot as draw

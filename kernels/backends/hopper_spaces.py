@@ -82,7 +82,7 @@ def shared_memory(role: str, widths: Widths, values: Mapping[str, Value]) -> int
     else:
         kept, block = consumers * ROWS * widths.sum, int(values["block_n"])
         results, extra = widths.head_dim, 0
-    rearranging = consumers * max(8192, ROWS * results)
+    rearranging = consumers * (max(8192, ROWS * results) + (4096 if values.get("dbias") else 0))
     extra += int(values.get("mask_stages", 0)) * consumers * ROWS * block * widths.mask_bytes
     return 2 * (kept + stages * block * widths.sum) + extra + rearranging + 512
 

@@ -107,8 +107,10 @@ def _while_visiting(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int
         statistics = (stages - 1) * 2 * visited * 4
         piped += -(-statistics // ALIGNMENT) * ALIGNMENT if warpgroup else statistics
         once += statistics
-    if tiles.mask_bytes in (1, 4):  # bool not always; half precision never
+    if tiles.mask_bytes in (1, 4) or (tiles.mask_bytes and values.get("one_loop")):  # bool not always; half never else
         piped += buffers * rows * columns * tiles.mask_bytes
+    if values.get("one_loop"):  # one tile more is held across the comparison with the border, at most
+        piped += visited * wide * size
     piped += exchanged
     if stays:
         return kept + piped + ALIGNMENT

@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tilewise.tuner.limits import Limits
+from tilewise.tuner.processes import Worker, wait_for
 from tilewise.tuner.serving import Room
-from tilewise.tuner.workers import Worker, wait_for
 
 from . import fakes
 

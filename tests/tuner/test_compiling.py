@@ -13,7 +13,7 @@ from tilewise.domain.trial import Outcome
 from tilewise.kernels.backends import backend_named
 from tilewise.tuner.compiling import Compiled, Compiling
 from tilewise.tuner.limits import Limits
-from tilewise.tuner.workers import Ended, Worker, wait_for
+from tilewise.tuner.processes import Ended, Worker, wait_for
 
 from ..kernels.test_backends import H200
 

@@ -19,7 +19,7 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.job import JobState
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels.device import describe
-from tilewise.tuner import workers
+from tilewise.tuner import processes
 from tilewise.tuner.crew import Crew
 from tilewise.tuner.ledger import NOT_TRIED
 from tilewise.tuner.printed import MESSAGE_LIMIT
@@ -114,10 +114,10 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> N
     """Twenty times; what was told to be kept is kept, and the next run goes on from there."""
     url, drawn = f"sqlite:///{tmp_path / 'tilewise.db'}", random.Random(0)
     Database.open(url, upgrade=True).close()
-    workers.prestart()
+    processes.prestart()
     most = 0
     for _ in range(20):
-        mine, theirs = workers._context.Pipe(duplex=False)
+        mine, theirs = processes._context.Pipe(duplex=False)
         tuner = started(url, theirs)
         theirs.close()
         for _ in range(drawn.randint(1, 5)):
@@ -134,7 +134,7 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> N
         assert len(found) == len(set(found)) >= most, phase
     assert 20 < most < killed.BUDGET.trials, "every round was killed within the search"
 
-    mine, theirs = workers._context.Pipe(duplex=False)
+    mine, theirs = processes._context.Pipe(duplex=False)
     last = started(url, theirs)
     theirs.close()
     ends = []

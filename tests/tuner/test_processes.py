@@ -8,11 +8,11 @@ from multiprocessing.connection import wait
 import pytest
 
 from tilewise.domain.trial import Outcome
-from tilewise.tuner import workers
+from tilewise.tuner import processes
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.printed import MESSAGE_LIMIT, TAIL_BYTES, Printed
+from tilewise.tuner.processes import Ended, Worker, wait_for
 from tilewise.tuner.serving import Task
-from tilewise.tuner.workers import Ended, Worker, wait_for
 
 from . import tasks
 from .tasks import Calls, Says
@@ -140,8 +140,8 @@ def test_a_worker_that_was_killed_while_idle_is_replaced(worker: Worker) -> None
 
 def test_a_worker_dies_with_who_started_it() -> None:
     """Even while it hangs where no Python runs, and though what it was forked from lives."""
-    mine, theirs = workers._context.Pipe()
-    starter = workers._context.Process(target=tasks.orphans, args=(theirs,))
+    mine, theirs = processes._context.Pipe()
+    starter = processes._context.Process(target=tasks.orphans, args=(theirs,))
     starter.start()
     assert mine.poll(60)
     orphan = os.pidfd_open(mine.recv())
