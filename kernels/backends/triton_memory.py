@@ -70,7 +70,9 @@ def _while_visiting(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int
     warpgroup = tiles.tensor_cores and by_warpgroup(tiles.capability, warps, height)
     # the warps share the rows of a product, or its columns where it is wider than high; then weights change hands
     product = {"forward": dv, "dkdv": wide, "dq": d}[role]
-    exchanged = 0 if warpgroup or warps == 1 or height >= product else rows * columns * size
+    # so they do behind the comparison of one loop
+    stays_put = height >= product and not values.get("one_loop")
+    exchanged = 0 if warpgroup or warps == 1 or stays_put else rows * columns * size
     if not tiles.tensor_cores:
         exchanged = (2 if role == "dkdv" else 1) * rows * columns * size
     if tiles.mask_bytes:  # the mask's tile takes the layout of the scores
@@ -109,7 +111,7 @@ def _while_visiting(role: str, tiles: Tiles, values: Mapping[str, Value]) -> int
         once += statistics
     if tiles.mask_bytes in (1, 4) or (tiles.mask_bytes and values.get("one_loop")):  # bool not always; half never else
         piped += buffers * rows * columns * tiles.mask_bytes
-    if values.get("one_loop"):  # one tile more is held across the comparison with the border, at most
+    if values.get("one_loop") and tma and not warpgroup:  # a tile more is held across the comparison
         piped += visited * wide * size
     piped += exchanged
     if stays:
