@@ -1,21 +1,18 @@
 """The report of `tilewise bench core`: one JSON document that invocations add rows to, and a Markdown page of it."""
 
-import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from tilewise.domain import codec
 from tilewise.domain.config import Candidate
 from tilewise.domain.device import Device
-from tilewise.domain.errors import SettingsError
 from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 from tilewise.domain.trial import Outcome, now
 
+from . import report_file
 from .bars import COPY, Share, Verdict, judge, named
 from .records import Row, Run
 
@@ -69,29 +66,18 @@ def opened(path: Path, run: Run) -> Report:
     if not path.exists():
         return empty
     found = read(path)
-    if found.device_key != run.device_key:
-        raise SettingsError(
-            f"{path} holds rows of {found.device_key}, and this is {run.device_key}; name another file with --output"
-        )
+    report_file.check_device(path, found.device_key, run.device_key)
     return replace(empty, rows=found.rows, broken=found.broken, verdicts=judge(found.rows))
 
 
 def read(path: Path) -> Report:
     """Return the report at `path`. Raises SettingsError where there is none."""
-    try:
-        return codec.from_json(Report, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} is no report of `tilewise bench core` ({error}); name another file") from error
+    return report_file.load(Report, path, command="tilewise bench core")
 
 
 def write(report: Report, path: Path) -> None:
-    """Write the JSON to `path` and the page beside it, each at once: an interrupted run leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(codec.to_json(report), indent=1) + "\n"
-    for target, text in ((path, document), (path.with_suffix(".md"), page(report))):
-        part = target.with_name(target.name + ".part")
-        part.write_text(text)
-        os.replace(part, target)
+    """Write the JSON to `path` and the page beside it."""
+    report_file.save(report, page(report), path)
 
 
 # the page

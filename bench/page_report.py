@@ -1,20 +1,17 @@
 """The report of `tilewise bench`: one JSON document that invocations add rows to, and a Markdown page of it."""
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from tilewise.domain import codec
 from tilewise.domain.device import Device
-from tilewise.domain.errors import SettingsError
 from tilewise.domain.models import MODELS
 from tilewise.domain.problem import Pass
 from tilewise.domain.software import Software
 from tilewise.domain.trial import Outcome, now
 
+from . import report_file
 from .page_records import BACKENDS, BASELINE, Cell, PageRow
 from .page_specs import LATENT_SHARE, LAYERS, Spec
 from .page_verdicts import PageVerdict, verdicts
@@ -70,29 +67,18 @@ def opened(path: Path, run: Run) -> PageReport:
     if not path.exists():
         return empty
     found = read(path)
-    if found.device_key != run.device_key:
-        raise SettingsError(
-            f"{path} holds rows of {found.device_key}, and this is {run.device_key}; name another file with --output"
-        )
+    report_file.check_device(path, found.device_key, run.device_key)
     return replace(empty, rows=found.rows, spoilt=found.spoilt, verdicts=verdicts(found.rows))
 
 
 def read(path: Path) -> PageReport:
     """Return the report at `path`. Raises SettingsError where there is none."""
-    try:
-        return codec.from_json(PageReport, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} is no report of `tilewise bench` ({error}); name another file") from error
+    return report_file.load(PageReport, path, command="tilewise bench")
 
 
 def write(report: PageReport, path: Path) -> None:
-    """Write the JSON to `path` and the page beside it, each at once: an interrupted run leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(codec.to_json(report), indent=1) + "\n"
-    for target, text in ((path, document), (path.with_suffix(".md"), page(report))):
-        part = target.with_name(target.name + ".part")
-        part.write_text(text)
-        os.replace(part, target)
+    """Write the JSON to `path` and the page beside it."""
+    report_file.save(report, page(report), path)
 
 
 # the page
