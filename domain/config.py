@@ -64,7 +64,7 @@ class Candidate:
 
     def config(self, role: str = "forward") -> Config | None:
         """Return the config of `role`, or None where the candidate names none."""
-        return dict(self.configs).get(role)
+        return next((config for name, config in self.configs if name == role), None) if self.configs else None
 
     def with_config(self, role: str, config: Config) -> Self:
         """Return this candidate with another config for `role`."""

@@ -42,16 +42,17 @@ def run(call: Call, candidate: Candidate) -> Result:
 
 def _as_stored(call: Call) -> Call:
     """Return `call` with tensors whose memory holds their values: torch may keep a sign as a mere flag of a view."""
-    tensors = call.query, call.key, call.value, call.mask, call.alibi_slopes
-    if not any(tensor is not None and tensor.is_neg() for tensor in tensors):
+    mask, slopes = call.mask, call.alibi_slopes
+    negated = call.query.is_neg() or call.key.is_neg() or call.value.is_neg()  # written out: every call comes by
+    if not (negated or (mask is not None and mask.is_neg()) or (slopes is not None and slopes.is_neg())):
         return call
     return replace(
         call,
         query=call.query.resolve_neg(),
         key=call.key.resolve_neg(),
         value=call.value.resolve_neg(),
-        mask=None if call.mask is None else call.mask.resolve_neg(),
-        alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.resolve_neg(),
+        mask=None if mask is None else mask.resolve_neg(),
+        alibi_slopes=None if slopes is None else slopes.resolve_neg(),
     )
 
 
