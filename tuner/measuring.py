@@ -1,6 +1,7 @@
 """The tasks of the measuring worker. Each brings all it needs, so that a fresh process goes on where another died."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +52,8 @@ class Attempting:
     best_ratio: float
 
     def __call__(self, room: Room) -> Trial:
-        bench = _bench(room, self.preparation, self.limits)
-        found = bench.attempt(self.candidate, best_ratio=self.best_ratio, enter=room.enter, limits=self.limits)
-        room.broken = bench.broken
-        return found
+        with _at_bench(room, self.preparation, self.limits) as bench:
+            return bench.attempt(self.candidate, best_ratio=self.best_ratio, enter=room.enter, limits=self.limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +66,8 @@ class Soaking:
     calls: int
 
     def __call__(self, room: Room) -> Trial:
-        bench = _bench(room, self.preparation, self.limits)
-        found = bench.soak(self.candidate, calls=self.calls, enter=room.enter, limits=self.limits)
-        room.broken = bench.broken
-        return found
+        with _at_bench(room, self.preparation, self.limits) as bench:
+            return bench.soak(self.candidate, calls=self.calls, enter=room.enter, limits=self.limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +81,23 @@ class Judging:
     seconds: float
 
     def __call__(self, room: Room) -> Judged:
-        bench = _bench(room, self.preparation, self.limits)
-        found = bench.judge(
-            self.candidates, rounds=self.rounds, seconds=self.seconds, enter=room.enter, limits=self.limits
-        )
-        room.broken = bench.broken
-        return found
+        with _at_bench(room, self.preparation, self.limits) as bench:
+            return bench.judge(
+                self.candidates, rounds=self.rounds, seconds=self.seconds, enter=room.enter, limits=self.limits
+            )
 
 
 _ready: tuple[Preparation, Bench] | None = None  # of one problem at a time: its tensors may fill half a device
+
+
+@contextmanager
+def _at_bench(room: Room, preparation: Preparation, limits: Limits) -> Iterator[Bench]:
+    """Give the bench of a problem, and let the worker know afterwards whether the device is still usable."""
+    bench = _bench(room, preparation, limits)
+    try:
+        yield bench
+    finally:
+        room.broken = bench.broken
 
 
 def _bench(room: Room, preparation: Preparation, limits: Limits) -> Bench:

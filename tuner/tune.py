@@ -171,7 +171,7 @@ class _Tuning:
             trial
             for trial in kept
             if trial.candidate.backend in self._backends
-            # torch's own choice is what everything is compared with: had it failed once, nothing could be tuned
+            # torch's own choice is what everything is compared with: a failure of it is not held against a later run
             and (trial.candidate != self._default or trial.outcome is Outcome.OK)
         ]
 
