@@ -25,8 +25,9 @@ from tilewise.tuner.timing import clock_for
 from . import decode
 from .bars import Cell, bars, judge, named
 from .core_report import Report, opened, write
-from .core_row import MESSAGE_LIMIT, BrokenError, Options, Shared, Table, decoding, ours, rivals, usable
+from .core_row import MESSAGE_LIMIT, BrokenError, Options, Shared, Table, decoding, ours, rivals
 from .records import Row, Run
+from .rows import measure_each
 from .vet import Job, Vetted, vet
 
 AHEAD_SHARE = 0.5  # of the soft limit, at most, for compiling ahead
@@ -88,38 +89,40 @@ def run(
         },
         until=start + options.seconds,
     )
-    failed: list[str] = []
-    longest = copy_gbps = 0.0
-    for number, cell in enumerate(waiting):
-        begun = time.monotonic()
-        if number and begun + longest > shared.until:
-            return Result(report=report, failed=tuple(failed), left=len(waiting) - number)
-        name = f"[{number + 1}/{len(waiting)}] {cell.name}"
-        try:
-            if _is_decoding(cell.problem, described.kind):
-                copy_gbps = copy_gbps or decode.copy_gbps(shared.clock, device)
-                row = decoding(cell, shared, copy_gbps)
-            else:
-                row = Table(cell.problem, shared, known[cell.problem]).row()
-        except BrokenError as error:
-            write(report.with_broken(error.broken), output)
-            raise TuningError(
-                f"{error.broken.candidate} left {described.name} unusable on {cell.problem.key} "
-                f"({error.broken.message}); run the same command again: it goes on without that candidate"
-            ) from error
-        except Exception as error:  # whatever goes wrong costs one row, not those that wait
-            if not usable(device):
-                raise
-            failed.append(f"{cell.problem.key}: {type(error).__name__}: {error}"[:MESSAGE_LIMIT])
-            tell(f"{name}: {failed[-1]}")
-        else:
-            report = report.with_row(row)
-            write(report, output)
-            tell(f"{name}: {_found(row)}; {row.seconds:.0f} s, {time.monotonic() - start:.0f} s in all")
-        longest = max(longest, time.monotonic() - begun)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return Result(report=report, failed=tuple(failed), left=0)
+    copy_gbps = 0.0
+
+    def measure(cell: Cell) -> Row:
+        nonlocal copy_gbps
+        if _is_decoding(cell.problem, described.kind):
+            copy_gbps = copy_gbps or decode.copy_gbps(shared.clock, device)
+            return decoding(cell, shared, copy_gbps)
+        return Table(cell.problem, shared, known[cell.problem]).row()
+
+    def keep(row: Row) -> str:
+        nonlocal report
+        report = report.with_row(row)
+        write(report, output)
+        return f"{_found(row)}; {row.seconds:.0f} s, {time.monotonic() - start:.0f} s in all"
+
+    try:
+        failed, left = measure_each(
+            waiting,
+            measure,
+            keep,
+            title=lambda cell: cell.name,
+            key=lambda cell: cell.problem.key,
+            device=device,
+            until=shared.until,
+            tell=tell,
+            fatal=BrokenError,
+        )
+    except BrokenError as error:
+        write(report.with_broken(error.broken), output)
+        raise TuningError(
+            f"{error.broken.candidate} left {described.name} unusable on {error.broken.problem.key} "
+            f"({error.broken.message}); run the same command again: it goes on without that candidate"
+        ) from error
+    return Result(report=report, failed=failed, left=left)
 
 
 def chosen(options: Options, kind: DeviceKind) -> tuple[Cell, ...]:

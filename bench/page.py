@@ -18,13 +18,13 @@ from tilewise.layers import session
 from tilewise.tuner.timing import clock_for
 
 from . import core_report
-from .core_row import usable
 from .page_answers import answers_of
 from .page_records import BACKENDS, PageRow
 from .page_report import PageReport, Spoilt, opened, write
 from .page_row import MESSAGE_LIMIT, Shared, SpoiltError, free_bytes, gib, measure, needed_bytes, without_room
 from .page_specs import Chosen, Spec, specs
 from .records import Run
+from .rows import measure_each
 from .trinix_layers import TRINIX, Trinix
 
 Tell = Callable[[str], None]
@@ -92,34 +92,32 @@ def run(options: Options, device: torch.device, output: Path, *, command: str, t
     )
     waiting = [spec for spec in wanted if options.again or not _stands(report.row(spec), this, columns)]
     tell(f"{len(waiting)} of {len(wanted)} rows to measure on {described.name}")
-    failed: list[str] = []
-    longest = 0.0
-    for number, spec in enumerate(waiting):
-        begun = time.monotonic()
-        if number and begun + longest > start + options.seconds:
-            return Result(report=report, failed=tuple(failed), left=len(waiting) - number)
-        name = f"[{number + 1}/{len(waiting)}] {spec.name}"
-        try:
-            row = _row(spec, shared, report)
-        except SpoiltError as error:
-            write(report.with_spoilt(Spoilt(spec, error.backend, str(error))), output)
-            raise TuningError(
-                f"{error.backend} left {described.name} unusable on {spec.name} ({error}); run the same command "
-                "again: it goes on without that cell"
-            ) from error
-        except Exception as error:  # whatever goes wrong costs one row, not those that wait
-            if not usable(device):
-                raise
-            failed.append(f"{spec.name}: {type(error).__name__}: {error}"[:MESSAGE_LIMIT])
-            tell(f"{name}: {failed[-1]}")
-        else:
-            report = report.with_row(row)
-            write(report, output)
-            tell(f"{name}: {_found(row)}; {row.seconds:.0f} s, {time.monotonic() - start:.0f} s in all")
-        longest = max(longest, time.monotonic() - begun)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return Result(report=report, failed=tuple(failed), left=0)
+
+    def keep(row: PageRow) -> str:
+        nonlocal report
+        report = report.with_row(row)
+        write(report, output)
+        return f"{_found(row)}; {row.seconds:.0f} s, {time.monotonic() - start:.0f} s in all"
+
+    try:
+        failed, left = measure_each(
+            waiting,
+            lambda spec: _row(spec, shared, report),
+            keep,
+            title=lambda spec: spec.name,
+            key=lambda spec: spec.name,
+            device=device,
+            until=start + options.seconds,
+            tell=tell,
+            fatal=SpoiltError,
+        )
+    except SpoiltError as error:
+        write(report.with_spoilt(Spoilt(error.spec, error.backend, str(error))), output)
+        raise TuningError(
+            f"{error.backend} left {described.name} unusable on {error.spec.name} ({error}); run the same command "
+            "again: it goes on without that cell"
+        ) from error
+    return Result(report=report, failed=failed, left=left)
 
 
 def _columns(options: Options) -> tuple[str, ...]:

@@ -54,11 +54,11 @@ class Shared:
 
 
 class SpoiltError(Exception):
-    """The device cannot be used by this process any more, since `backend` ran."""
+    """The device cannot be used by this process any more, since `backend` ran on the row of `spec`."""
 
-    def __init__(self, backend: str, message: str) -> None:
+    def __init__(self, spec: Spec, backend: str, message: str) -> None:
         super().__init__(message)
-        self.backend = backend
+        self.spec, self.backend = spec, backend
 
 
 def measure(spec: Spec, shared: Shared, spoilt: Mapping[str, str]) -> PageRow:
@@ -273,7 +273,7 @@ def _checked(subject: Subject, name: str, bounds: dict[str, Bound], shared: Shar
         lines = f"{type(raised).__name__}: {raised}".strip().splitlines()
         message = (str(raised) if isinstance(raised, UnsupportedError) else lines[0])[:MESSAGE_LIMIT]
         if not usable(shared.device):
-            raise SpoiltError(name, message) from raised
+            raise SpoiltError(subject.spec, name, message) from raised
         outcome = classify(raised)
         short = needed if outcome is Outcome.OUT_OF_RESOURCES else None
         return replace(cell, outcome=outcome, message=message, needed_bytes=short)
