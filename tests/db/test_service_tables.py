@@ -1,6 +1,7 @@
 """Jobs with leases, snapshots and channels, demand, tokens, the audit trail and lists by page, on every database."""
 
 import dataclasses
+import gzip
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -139,6 +140,37 @@ class TestSnapshots:
             assert session.scalar(text("SELECT count(*) FROM snapshot_entries")) == 2
             with pytest.raises(NotFoundError, match="no snapshot ffff"):
                 snapshots.load("f" * 64)
+
+    def test_what_was_sent_is_kept_while_it_is_used(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tilewise.db.snapshots.MAX_SENT", 3)
+        sent = [Snapshot.of([answer(dataclasses.replace(OTHER, batch=batch))]) for batch in range(1, 6)]
+
+        def keep(snapshot: Snapshot) -> None:
+            with database.write() as session:
+                SnapshotRepository(session).keep_sent(snapshot.id, gzip.compress(snapshot.dumps()))
+
+        def kept() -> list[int]:
+            with database.read() as session:
+                return [n for n, each in enumerate(sent) if SnapshotRepository(session).file(each.id) is not None]
+
+        for each in sent[:3]:
+            keep(each)
+        with database.write() as session:
+            SnapshotRepository(session).note_use(sent[0].id)  # a job says that it runs with it
+            SnapshotRepository(session).note_use("f" * 64)  # one that nobody knows
+        keep(sent[3])
+        assert kept() == [0, 2, 3]
+        keep(sent[2])  # sent again, to whoever asked
+        keep(sent[4])
+        assert kept() == [2, 3, 4]
+        with database.read() as session:
+            assert SnapshotRepository(session).load(sent[2].id).dumps() == sent[2].dumps()
+            assert SnapshotRepository(session).page().items == ()  # nobody froze it
+        with database.write() as session:
+            ChannelRepository(session).move("stable", sent[2].id, reason="it ran well", actor="me")
+        with database.read() as session:
+            (frozen,) = SnapshotRepository(session).page().items
+        assert (frozen.id, frozen.answers) == (sent[2].id, 1)
 
     def test_a_channel_moves_back_and_tells_its_history(self, database: Database) -> None:
         first, second = Snapshot.of([answer()]), Snapshot.of([answer(OTHER)])

@@ -14,10 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 import tilewise
 from tilewise.client.background import background
+from tilewise.domain import transfer
 from tilewise.domain.answer import Answer, Match
 from tilewise.domain.config import Candidate, Config, Plan
+from tilewise.domain.device import Device
+from tilewise.domain.device_gap import DeviceGap
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.space import SearchSpace
+from tilewise.domain.transfer import Bound, CostModel, Models
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import BACKENDS
 
@@ -160,6 +165,38 @@ def test_warmup_of_an_invalid_config_launches_nothing(configured: Callable[..., 
     (found,) = tilewise.warmup([PROBLEM], device="cpu")
     assert found.candidate == SDPA
     assert [candidate.backend for candidate in ran] == ["sdpa"]
+
+
+def test_a_predicted_plan_runs_only_where_its_config_is_valid_here(
+    configured: Callable[..., Path], ran: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another device measured is not known to be possible here: it is held against the space of this one."""
+    sure = Bound(base=0.0, problem=0.0)
+    model = CostModel(regret=sure, drift=sure, reach=DeviceGap(size=9))
+    monkeypatch.setattr(transfer, "shipped", lambda: {"cpu_tiled.cpu_tiled.inference": Models(predicted=model)})
+    described = devices.describe(CPU)
+    other = replace(described, units=described.units * 2).key
+    long = replace(PROBLEM, q_len=256, kv_len=256)
+    good = devices_space(long, described).default
+    bad = Config.of("cpu_tiled", block_q=3, block_k=5, heads_per_chunk=7)
+    configured(
+        *(
+            replace(
+                known(problem, Candidate.of("cpu_tiled", forward=config)),
+                device_key=other, expected_ms=1.0, baseline_ms=2.0, interval=(0.9, 1.1),
+            )
+            for problem, config in ((long, good), (PROBLEM, bad))
+        )
+    )  # fmt: skip
+    assert [tilewise.answer(problem, "cpu").match for problem in (long, PROBLEM)] == [Match.PREDICTED] * 2
+    right, wrong = tilewise.warmup([long, PROBLEM], device="cpu")
+    assert (right.candidate, right.match) == (Candidate.of("cpu_tiled", forward=good), Match.PREDICTED)
+    assert wrong.candidate == SDPA
+    assert [candidate.backend for candidate in ran] == ["cpu_tiled", "sdpa"]
+
+
+def devices_space(problem: Problem, device: Device) -> SearchSpace:
+    return BACKENDS["cpu_tiled"].spaces(problem, device)["forward"]
 
 
 def test_calls_are_counted_by_answer(configured: Callable[..., Path]) -> None:
