@@ -1,5 +1,6 @@
 """What plans cost elsewhere: what ships is fitted on the committed landscapes, and any kernel's are taken."""
 
+import itertools
 import json
 import math
 import random
@@ -15,12 +16,14 @@ from tilewise.domain import codec, transfer
 from tilewise.domain.answer import Match
 from tilewise.domain.config import Candidate, Config, Plan
 from tilewise.domain.device import Device, DeviceKind
+from tilewise.domain.device_gap import DeviceGap
 from tilewise.domain.errors import SettingsError
 from tilewise.domain.matching import by_device, match, predictors
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.software import Software
 from tilewise.domain.space import Parameter
 from tilewise.domain.trial import Outcome, now
+from tilewise.kernels.device import describe
 
 from ..domain.examples import answer
 
@@ -35,7 +38,8 @@ A40, A80, H200 = (
     )
 )  # fmt: skip
 BLOCKS = (32, 64, 128, 256)
-CONFIGS = [Config.of("triton_forward", block_m=m, block_n=n) for m in BLOCKS for n in BLOCKS]
+SIZES = list(itertools.product(BLOCKS, BLOCKS))
+CONFIGS = [Config.of("triton_forward", block_m=m, block_n=n) for m, n in SIZES]
 
 
 def recorded(problem: Problem, device: Device, *, torch_ratio: float | None = 2.0) -> Landscape:
@@ -46,9 +50,9 @@ def recorded(problem: Problem, device: Device, *, torch_ratio: float | None = 2.
         Point(
             config=config,
             outcome=Outcome.OK,
-            ratio=1 + 0.1 * (math.log2(dict(config.values)["block_m"]) - 6 - shift) ** 2 + noise.uniform(0, 0.05),
+            ratio=1 + 0.1 * (math.log2(m) - 6 - shift) ** 2 + noise.uniform(0, 0.05),
         )
-        for config in CONFIGS
+        for (m, _), config in zip(SIZES, CONFIGS, strict=True)
     )
     base = Candidate.of("triton", forward=CONFIGS[5])
     header = Header(
@@ -162,7 +166,7 @@ def test_a_bound_is_a_plane_that_few_lie_above() -> None:
     pairs = [
         near_fit.Pair(
             measured=PROBLEMS[0], asked=PROBLEMS[1], devices=("a", "b"), problem_distance=chance.uniform(0, 3),
-            gap=transfer.DeviceGap(arch=chance.choice([0.0, 1.0, 2.0])), regret=0.0, drift=0.0,
+            gap=DeviceGap(arch=chance.choice([0.0, 1.0, 2.0])), regret=0.0, drift=0.0,
         )
         for _ in range(2000)
     ]  # fmt: skip
@@ -184,5 +188,5 @@ def test_a_sample_is_measured_beside_torchs_own_choice() -> None:
     assert near_fit.torch_ratio(found) == 1.0
     assert near_fit.why_not(found) is None
     assert all(point.ratio is not None and point.ratio > 0 for point in found.points)
-    sampled = near.sample(near.devices.describe(torch.device("cpu")), 16)
+    sampled = near.sample(describe(torch.device("cpu")), 16)
     assert len(sampled) == 16

@@ -154,7 +154,8 @@ class TestExperience:
         ]
         other = replace(PROBLEM, head_dim=32)
         found = asked(other, *tuned)
-        assert (found.match, found.regret) == (Match.DEFAULT, pytest.approx(0.9))
+        assert found.match is Match.DEFAULT
+        assert found.regret == pytest.approx(0.9)
         assert asked(other, *tuned[1:]).regret is None
         assert asked(replace(other, pass_=Pass.TRAINING), *tuned).regret is None
 
@@ -164,5 +165,6 @@ class TestExperience:
         ]
         old = answer(device_key=NEVER, software=replace(SOFTWARE, torch="1"))
         found = asked(PROBLEM, old, *again)
-        assert (found.match, found.regret) == (Match.STALE, pytest.approx(0.09))
+        assert found.match is Match.STALE
+        assert found.regret == pytest.approx(0.09)
         assert asked(PROBLEM, old, *again[1:]).regret is None

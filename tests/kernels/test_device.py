@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def test_the_widest_vectors(
     machine: str, torchs: str, features: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_cpuinfo", lambda: {"Features": features, "model name": "Some CPU @ 3.2 GHz"})
-    monkeypatch.setattr(devices.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torchs)
     described = devices._cpu.__wrapped__(2)
     assert described.arch.rpartition(".")[2] == isa
