@@ -284,7 +284,7 @@ def _answer(state: _State, device_key: str, problem: Problem, software: Software
     if not evidence or found.measured is None:
         return found
     stored = state.stored[found.measured_on or device_key].get(found.measured.key)
-    return found if stored is None else replace(found, evidence=stored.evidence())
+    return found if stored is None else replace(found, evidence=stored.evidence)
 
 
 def _put(kept: dict[K, Reply], key: K, reply: Reply) -> None:

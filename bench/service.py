@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -98,15 +100,28 @@ def problems(number: int) -> list[Problem]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A service that runs as a process of its own."""
+
+    address: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Return the time that the process ran so far, which other work on the machine does not stretch much."""
+        user, system = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def serving(url: str) -> Iterator[str]:
-    """Run the service as a process of its own and yield its address."""
+def serving(url: str) -> Iterator[Serving]:
+    """Run the service until the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip()
+        yield Serving(process.stdout.readline().strip(), process.pid)
     finally:
         process.terminate()
         process.communicate()
@@ -127,13 +142,19 @@ def wrk(url: str, seconds: float) -> dict[str, float]:
     return found
 
 
-def one_answer(address: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Alternate both routes, so that what else the machine does hits both."""
+def one_answer(service: Serving, seconds: float, rounds: int) -> dict[str, Any]:
+    """Alternate both routes, so that what else the machine does hits both.
+
+    cpu_ratio compares the time that the service's process ran for a request: what of the ratio is its own.
+    """
     paths = {"answer": f"/v1/answers/{DEVICE}/{problems(1)[0].key}?software=torch@2.13.0", "constant": "/v1/constant"}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
     for _ in range(rounds):
         for name, path in paths.items():
-            runs[name].append(wrk(address + path, seconds))
+            before = service.cpu_seconds()
+            run = wrk(service.address + path, seconds)
+            run["cpu_us"] = (service.cpu_seconds() - before) / (run["requests_per_s"] * seconds) * 1e6
+            runs[name].append(run)
     found: dict[str, Any] = {
         name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()
     }
@@ -142,6 +163,7 @@ def one_answer(address: str, seconds: float, rounds: int) -> dict[str, Any]:
         **found,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "cpu_ratio": found["constant"]["cpu_us"] / found["answer"]["cpu_us"],
         "p99_ratio": found["answer"]["p99_ms"] / found["constant"]["p99_ms"],
     }
 
@@ -161,10 +183,10 @@ def many_answers(url: str) -> dict[str, float]:
     warm: dict[int, list[float]] = {1: [], 1000: []}
     for _ in range(COLD_STARTS):
         for number, times in cold.items():
-            with serving(url) as address, httpx.Client(base_url=address, timeout=60) as client:
+            with serving(url) as service, httpx.Client(base_url=service.address, timeout=60) as client:
                 client.get("/healthz").raise_for_status()  # the connection is there, and the service knows its routes
                 times.append(post(client, number))
-    with serving(url) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with serving(url) as service, httpx.Client(base_url=service.address, timeout=60) as client:
         post(client, 1000)
         for _ in range(60):
             for number, times in warm.items():
@@ -300,10 +322,10 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
         with Database.open(url, upgrade=True) as database, database.write() as session:
             for problem in problems(1000):
                 AnswerRepository(session).replace(made_answer(problem), expected_version=0, reason="made")
-        with serving(url) as address:
-            found = {"one_answer": one_answer(address, seconds, rounds)}
-            httpx.get(f"{address}/v1/answers/{DEVICE}")  # the file is made once, for whoever asks first
-            found["ranks"] = asyncio.run(ranks(address))
+        with serving(url) as service:
+            found = {"one_answer": one_answer(service, seconds, rounds)}
+            httpx.get(f"{service.address}/v1/answers/{DEVICE}")  # the file is made once, for whoever asks first
+            found["ranks"] = asyncio.run(ranks(service.address))
         found["many_answers"] = many_answers(url)
     return {**found, "lookup": lookup(), "client_start": client_start()}
 
@@ -314,9 +336,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run of wrk")
     parser.add_argument("--rounds", type=int, default=5, help="of each route")
     given = parser.parse_args()
+    before = os.getloadavg()[0]
     found = measure(given.seconds, given.rounds)
-    command = f"python -m tilewise.bench.service --output {given.output}"
-    given.output.write_text(json.dumps({"command": command, "kind": DeviceKind.CPU, **found}, indent=1) + "\n")
+    command = " ".join(["python", "-m", "tilewise.bench.service", *sys.argv[1:]])
+    about = {"command": command, "kind": DeviceKind.CPU, "cores": os.cpu_count(), "load": [before, os.getloadavg()[0]]}
+    given.output.write_text(json.dumps({**about, **found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -23,6 +23,8 @@ class SealedTable:
         devices = by_device(snapshot.answers)
         self._kept = devices.get(device_key, KeptAnswers({}))
         self._others = predictors(device_key, devices)
+        for kept in (self._kept, *(other.kept for other in self._others)):
+            kept.prepare()
         self._memo: dict[Hashable, Answer] = {}
 
     @property

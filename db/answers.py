@@ -95,8 +95,8 @@ class StoredAnswer:
         """The answer without its evidence, which is most of the work of reading it."""
         return codec.from_json(Answer, {**json.loads(self.text), "evidence": None})
 
+    @cached_property
     def evidence(self) -> Evidence | None:
-        """Read the evidence alone, anew at every call."""
         document = json.loads(self.text).get("evidence")
         return None if document is None else codec.from_json(Evidence, document)
 

@@ -7,9 +7,11 @@ from typing import Self
 
 # Bits of a vector of x86-64; instructions of other machines are only like themselves.
 _X86_BITS = {"sse2": 128, "avx": 256, "avx2": 256, "avx512": 512}
-_CPU = re.compile(r"(?P<name>[^.]+)\.(?P<isa>[^.]+)\.(?P<units>\d+)t")
+# Numbers are short: a snapshot may hold keys that no device has.
+_CPU = re.compile(r"(?P<name>[^.]+)\.(?P<isa>[^.]+)\.(?P<units>\d{1,6})t")
 _CUDA = re.compile(
-    r"(?P<name>[^.]+)\.sm(?P<capability>\d+)\.(?P<memory>\d+)g(?:\.mig-(?P<mig>[^.]+))?(?:\.(?P<watts>\d+)w)?"
+    r"(?P<name>[^.]+)\.sm(?P<capability>\d{1,4})\.(?P<memory>\d{1,6})g"
+    r"(?:\.mig-(?P<mig>[^.]+))?(?:\.(?P<watts>\d{1,6})w)?"
 )
 
 

@@ -45,7 +45,10 @@ def default_answer(problem: Problem, device_key: str, missed: str, *, regret: fl
 
 
 class KeptAnswers(Mapping[str, Answer]):
-    """The answers of one device by problem key, with what is made of them once; never changed once made."""
+    """The answers of one device by problem key, with what is made of all of them; never changed once made.
+
+    That is made when it is first needed, or by `prepare`: of thousands it takes longer than a step may be delayed.
+    """
 
     def __init__(self, kept: Mapping[str, Answer]) -> None:
         self._kept = kept
@@ -67,6 +70,9 @@ class KeptAnswers(Mapping[str, Answer]):
     @cached_property
     def lost_when_stale(self) -> float | None:
         return experience.lost_when_stale(self._kept.values())
+
+    def prepare(self) -> None:
+        _ = self.index, self.lost_when_stale, [self.lost_by_default(pass_) for pass_ in Pass]
 
     def lost_by_default(self, pass_: Pass) -> float | None:
         if pass_ not in self._lost_by_default:

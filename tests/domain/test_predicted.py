@@ -63,6 +63,8 @@ class TestGap:
             ("nvidia-a100.sm80.40g", "nvidia-a100.sm80.40g.400w"),
             ("nobody-knows.this", "nobody-knows.this"),
             ("nobody-knows.this", DEVICE),
+            (DEVICE, f"amd-epyc-9b14.avx512.{'2' * 5000}t"),
+            ("nvidia-a100.sm80.40g", f"nvidia-a100.sm80.{'4' * 5000}g"),
         ],
     )
     def test_what_is_not_comparable(self, one: str, other: str) -> None:
