@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 import tilewise
 from tilewise.client.client import Client
@@ -129,12 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="for the report of the first rank")
     given = parser.parse_args()
-    local, size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= size else "gloo"
+    backend = "nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
     if backend == "nccl":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(1)
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     assert dist.group.WORLD is not None, "it was made just now"
     with tempfile.TemporaryDirectory() as own:
         os.environ["TILEWISE_HOME"] = own
@@ -157,7 +158,10 @@ def main() -> None:
             print(text, flush=True)
             if given.output is not None:
                 given.output.write_text(text + "\n")
-        dist.barrier()  # nobody takes the folder or a connection away from one that still needs it
+        # who leaves early takes the folder, and gloo's connections, away from those that still need them
+        if store.add("done", 1) == size:
+            store.set("all done", "")
+        store.wait(["all done"])
     dist.destroy_process_group()
     sys.exit(int(failed))
 
