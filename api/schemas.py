@@ -74,6 +74,19 @@ _ANSWER: dict[str, Any] = {
     "missed": "",
 }
 
+_NEVER_MEASURED = "nvidia-h200.sm90.141g.600w"
+_PREDICTED = {
+    **_ANSWER,
+    "device_key": _NEVER_MEASURED,
+    "match": "predicted",
+    "measured_on": "nvidia-h200.sm90.141g.700w",
+    "expected_ms": None,
+    "interval": None,
+    "regret": 0.08,
+    "baseline_ms": None,
+    "missed": f"device: {_PROBLEM} was not measured on {_NEVER_MEASURED}; {_PROBLEM} was on nvidia-h200.sm90.141g.700w",
+}
+
 
 class Config(BaseModel):
     kernel: str
@@ -146,7 +159,7 @@ class Software(BaseModel):
 class Answer(BaseModel):
     """What to run for a problem on a device, and how much that can be trusted."""
 
-    model_config = ConfigDict(json_schema_extra={"example": _ANSWER})
+    model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER, _PREDICTED]})
 
     problem: str = Field(description="The key of the problem that was asked about.")
     device_key: str

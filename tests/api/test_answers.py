@@ -183,9 +183,10 @@ class TestDescription:
         strict = schemas.Answer.model_validate(whole, strict=False)
         assert json.loads(strict.model_dump_json()) == whole
 
-    def test_the_example_is_an_answer(self) -> None:
-        example = schemas.Answer.model_json_schema()["example"]
-        assert codec.to_json(codec.from_json(Answer, example)) == example
+    def test_the_examples_are_answers(self) -> None:
+        examples = schemas.Answer.model_json_schema()["examples"]
+        assert [codec.to_json(codec.from_json(Answer, example)) for example in examples] == examples
+        assert [example["match"] for example in examples] == ["exact", "predicted"]
 
     def test_the_document_lists_the_routes_and_their_errors(self, client: TestClient) -> None:
         paths = client.get("/openapi.json").json()["paths"]
