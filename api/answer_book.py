@@ -31,6 +31,7 @@ FOLLOW_SECONDS = 0.25
 MAX_REPLIES = 20_000
 MAX_ASKED = 100
 MAX_HANDED_OUT = 100
+MAX_KNOWN_IDS = 10_000
 RequestKey = tuple[bytes, bytes, bool]  # path, query, and whether gzip is taken
 PieceKey = tuple[str, str | None, bool, str]  # device, software, whether with evidence, problem
 K = TypeVar("K", bound=Hashable)
@@ -132,6 +133,8 @@ class AnswerBook:
         self._trouble = ""
         self._stop = threading.Event()
         self._handed_out: deque[DeviceSnapshot] = deque(maxlen=MAX_HANDED_OUT)
+        self._known_ids = {file_of(())[0]}  # the empty snapshot is nothing to keep
+        self._unkept = ""
         database.watch(self._fall_behind)
 
     def _fall_behind(self) -> None:
@@ -159,8 +162,16 @@ class AnswerBook:
                 foreign = (state.stored[other.device_key][key] for other in asked.others for key in other.useful())
                 id_, file = file_of(json.loads(found.text) for found in (*own.values(), *foreign))
                 asked.made.append(DeviceSnapshot(id_, gzip.compress(file, 6, mtime=0)))
-                self._handed_out.append(asked.made[0])
+                self._hand_out(asked.made[0])
             return asked.made[0]
+
+    def _hand_out(self, sent: DeviceSnapshot) -> None:
+        """Have the follower keep what is sent; once, however many devices it is sent to."""
+        if sent.id not in self._known_ids:
+            if len(self._known_ids) >= MAX_KNOWN_IDS:
+                self._known_ids.clear()
+            self._known_ids.add(sent.id)
+            self._handed_out.append(sent)
 
     def snapshot_with_id(self, snapshot_id: str) -> DeviceSnapshot | None:
         """Return the snapshot of that id where it is what a device was last sent."""
@@ -273,8 +284,11 @@ class AnswerBook:
                 with self._database.write() as session:
                     SnapshotRepository(session).keep_sent(sent.id, sent.gzipped)
             except DatabaseError as error:
-                _log.info("snapshot %s is not kept yet: %s", sent.id, error)
+                if not self._unkept:
+                    _log.warning("what is sent cannot be pinned later, for it is not kept: %s", error)
+                self._unkept = str(error)
                 return
+            self._unkept = ""
             self._handed_out.popleft()
 
 

@@ -72,7 +72,10 @@ class KeptAnswers(Mapping[str, Answer]):
         return experience.lost_when_stale(self._kept.values())
 
     def prepare(self) -> None:
-        _ = self.index, self.lost_when_stale, [self.lost_by_default(pass_) for pass_ in Pass]
+        _ = self.index
+        _ = self.lost_when_stale
+        for pass_ in Pass:
+            self.lost_by_default(pass_)
 
     def lost_by_default(self, pass_: Pass) -> float | None:
         if pass_ not in self._lost_by_default:

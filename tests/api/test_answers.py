@@ -171,10 +171,16 @@ class TestRefusals:
             raise RuntimeError("secret")
 
         monkeypatch.setattr("tilewise.api.answer_book.match", fail)
-        reply = TestClient(create_app(sqlite), raise_server_exceptions=False).get(ONE)
+        asker = TestClient(create_app(sqlite), raise_server_exceptions=False)
+        reply = asker.get(ONE)
         assert (reply.status_code, reply.json()["type"]) == (500, "urn:tilewise:error:internal-error")
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert "secret" not in reply.text
+        assert reply.headers["x-request-id"]
+        counted = [
+            line for line in asker.get("/metrics").text.splitlines() if line.startswith("tilewise_requests_total")
+        ]
+        assert any('status="500"' in line and line.endswith(" 1.0") for line in counted)
 
 
 class TestDescription:
