@@ -26,7 +26,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.token import Scope
 from tilewise.domain.trial import Outcome, Stage, Trial, now
-from tilewise.domain.usage import STALE_LOSS, Usage, Use
+from tilewise.domain.usage import NEAR_LOSS, STALE_LOSS, UNKNOWN_LOSS, Usage, Use
 
 OTHER = Problem(batch=2, heads=64, kv_heads=8, q_len=4096, head_dim=128, causal=True)
 
@@ -237,6 +237,24 @@ class TestDemand:
         with database.read() as session:
             (found,) = DemandRepository(session).list(device_key=DEVICE)
         assert (found.loss, found.standing) == (STALE_LOSS, True)
+
+    def test_a_device_that_was_never_measured_is_estimated_by_one_like_it(self, database: Database) -> None:
+        with database.write() as session:
+            AnswerRepository(session).replace(answer(), expected_version=0, reason="test")
+        never, unlike = DEVICE.replace("avx512", "avx2"), "nvidia-h200.sm90.141g.700w"
+        for device_key in (never, unlike):
+            for match in (Match.PREDICTED, Match.DEFAULT):
+                with database.write() as session:
+                    use = Use(problem=PROBLEM, match=match, calls=100)
+                    DemandRepository(session).add(Usage(device_key=device_key, snapshot=None, uses=(use,)))
+        with database.read() as session:
+            (like,) = DemandRepository(session).list(device_key=never)
+            (other,) = DemandRepository(session).list(device_key=unlike)
+            (proposed,) = DemandRepository(session).proposals()
+        assert like.expected_ms == pytest.approx(10)
+        assert like.loss == pytest.approx((UNKNOWN_LOSS + NEAR_LOSS) / 2)
+        assert (other.expected_ms, other.lost_ms) == (None, 0)
+        assert proposed == like
 
     def test_problems_count_by_their_bucket(self, database: Database) -> None:
         for length in (3000, 3070, 3072):
