@@ -7,7 +7,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from tilewise.domain import codec
-from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 
 from . import documents, schemas
@@ -94,8 +93,8 @@ async def many_answers(question: documents.Question, book: AnswerBookOfApp, metr
     """One answer for each problem, in their order. The evidence is left out unless it is asked for."""
     device_key = checked_device(question.device, "device")
     software = checked_software(question.software, "software")
-    found = [book.pieces.get((device_key, question.software, question.evidence, key)) for key in question.problems]
-    if book.behind or None in found:  # what is not at hand as bytes takes time that the event loop has not
+    found = book.pieces(device_key, question.problems, question.software, evidence=question.evidence)
+    if None in found:  # what is not at hand as bytes takes time that the event loop has not
         found = list(await run_in_threadpool(_pieces, book, device_key, software, question))
     counts: dict[str, int] = {}
     for piece in found:
@@ -108,9 +107,5 @@ async def many_answers(question: documents.Question, book: AnswerBookOfApp, metr
 
 
 def _pieces(book: AnswerBook, device_key: str, software: Software | None, question: documents.Question) -> list[Reply]:
-    problems: list[Problem] = [
-        checked_problem(key, f"problems.{number}") for number, key in enumerate(question.problems)
-    ]
-    return [
-        book.piece(device_key, problem, software, question.software, evidence=question.evidence) for problem in problems
-    ]
+    problems = [checked_problem(key, f"problems.{number}") for number, key in enumerate(question.problems)]
+    return book.make_pieces(device_key, problems, software, question.software, evidence=question.evidence)

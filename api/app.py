@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 import tilewise
 from tilewise.db.session import Database
@@ -23,7 +24,18 @@ from .settings import ServiceSettings
 
 
 class Service(FastAPI):
-    """A FastAPI whose OpenAPI document says that errors are problem+json."""
+    """A FastAPI behind a gate, whose OpenAPI document says that errors are problem+json.
+
+    The gate stands before all of FastAPI: what is at hand as bytes goes out without what that costs a request.
+    """
+
+    gate: Gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.gate(scope, receive, send)
+
+    async def behind_the_gate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -53,8 +65,8 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
     app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)
     errors.install(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=1)
-    app.add_middleware(
-        Gate,
+    app.gate = Gate(
+        app.behind_the_gate,
         book=app.state.answer_book,
         callers=app.state.callers,
         metrics=app.state.metrics,

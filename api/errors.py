@@ -21,8 +21,6 @@ from tilewise.domain.errors import (
     TilewiseError,
 )
 
-from .security import HEADERS
-
 MEDIA_TYPE = "application/problem+json"
 _log = logging.getLogger("tilewise.api")
 
@@ -103,9 +101,7 @@ def describe(document: dict[str, Any]) -> dict[str, Any]:
 async def render(_request: Request, error: Exception) -> JSONResponse:
     """Return the response that tells of `error`."""
     status, name, detail, field = _describe(error)
-    # A mistake of ours is answered outside of the gate, which adds these to everything else.
-    headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
-    return problem(status, name, detail, field, headers=headers)
+    return problem(status, name, detail, field, headers=getattr(error, "headers", None))
 
 
 def problem(

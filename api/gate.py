@@ -1,6 +1,6 @@
 """What every request passes: its id, who sent it, its limits, the metrics; and the answers that are at hand as bytes.
 
-One ASGI middleware does all of it, because each further one costs as much as answering.
+One ASGI application around FastAPI does all of it, because each further layer costs as much as answering.
 """
 
 import itertools
@@ -27,14 +27,16 @@ ANSWER_ROUTE = "/v1/answers/{device_key}/{problem_key}"
 ALL_ROUTE = "/v1/answers/{device_key}"
 _GZIP = [(b"vary", b"Accept-Encoding"), (b"content-encoding", b"gzip")]
 _SECURITY = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-_JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-cache")]
+_SECURITY_NAMES = frozenset(name for name, _ in _SECURITY)
+_JSON_AND_SECURITY = [(b"content-type", b"application/json"), (b"cache-control", b"no-cache"), *_SECURITY]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[0-9.]+|[A-Za-z0-9-]+)(:\d+)?")
-_WANTED = (b"host", b"authorization", b"x-request-id", b"if-none-match", b"content-length", b"accept-encoding")
 _log = logging.getLogger("tilewise.api.request")
 # Request ids: random per process, then counted.
 _PROCESS = os.urandom(6).hex().encode()
 _count = itertools.count(1)
+_CHANGES = (Scopes.TUNE, Scopes.ADMIN)
+Headers = dict[bytes, bytes]
 Respond = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -51,35 +53,50 @@ class Gate:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        headers = {name: value for name, value in scope["headers"] if name in _WANTED}
+        headers: Headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.fullmatch(given) else b"%s-%d" % (_PROCESS, next(_count))
-        outcome = _Outcome(request_id)
-        caller, refusal = self._admit(scope, headers)
-        reply = None
-        if refusal is None and scope["method"] == "GET" and scope["path"].startswith("/v1/answers/"):
-            reply = self._book.reply(self._book.key_of(scope, headers.get(b"accept-encoding", b"")))
-        if reply is not None and headers.get(b"if-none-match") in (None, reply.etag):
-            await self._send(reply, send, outcome, same=b"if-none-match" in headers)
-            route = ANSWER_ROUTE if reply.match else ALL_ROUTE
-        else:
-            scope.setdefault("state", {}).update(request_id=request_id.decode(), caller=caller)
-            body = _Body(receive, self._settings.max_body)
-            await (refusal or self._app)(scope, body.receive, outcome.watch(send, body))
-            if body.too_large and not outcome.started:
-                body.too_large = False
-                await _too_large(self._settings.max_body)(scope, receive, outcome.watch(send, body))
-            route = getattr(scope.get("route"), "path", "other")
-        seconds = time.perf_counter() - start
-        self._metrics.request(scope["method"], route, outcome.status, seconds)
-        changes = needed(scope["method"], scope["path"]) in (Scopes.TUNE, Scopes.ADMIN)
-        if self._settings.access_log or outcome.status >= 500 or changes:
-            self._write(scope, outcome, caller, seconds)
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else b"%s-%d" % (_PROCESS, next(_count))
+        method, path = scope["method"], scope["path"]
+        outcome, wanted, route = _Outcome(request_id), needed(method, path), "other"
+        caller, refusal = self._admit(scope, headers, wanted)
+        try:
+            reply = None
+            if refusal is None and method == "GET" and path.startswith("/v1/answers/"):
+                reply = self._book.reply(self._book.key_of(scope, headers.get(b"accept-encoding", b"")))
+            if reply is not None and headers.get(b"if-none-match") in (None, reply.etag):
+                route = ANSWER_ROUTE if reply.match else ALL_ROUTE
+                await self._send(reply, send, outcome, same=b"if-none-match" in headers)
+            else:
+                await self._pass_on(scope, receive, send, outcome, caller, refusal)
+                route = getattr(scope.get("route"), "path", "other")
+        finally:
+            seconds = time.perf_counter() - start
+            self._metrics.request(method, route, outcome.status, seconds)
+            if self._settings.access_log or outcome.status >= 500 or wanted in _CHANGES:
+                self._write(scope, outcome, caller, seconds)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[Caller | None, Respond | None]:
+    async def _pass_on(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        outcome: "_Outcome",
+        caller: Caller | None,
+        refusal: Respond | None,
+    ) -> None:
+        """Let FastAPI answer, or refuse, and what of the body is too large in any case."""
+        scope.setdefault("state", {}).update(request_id=outcome.request_id.decode(), caller=caller)
+        body = _Body(receive, self._settings.max_body)
+        await (refusal or self._app)(scope, body.receive, outcome.watch(send, body))
+        if body.too_large and not outcome.started:
+            body.too_large = False
+            await _too_large(self._settings.max_body)(scope, receive, outcome.watch(send, body))
+
+    def _admit(
+        self, scope: Scope, headers: Headers, scope_needed: Scopes | None
+    ) -> tuple[Caller | None, Respond | None]:
         """Return who asks and None, or a response that refuses the request."""
         method, path = scope["method"], scope["path"]
-        scope_needed = needed(method, path)
         address = scope["client"][0] if scope.get("client") else "unknown"
         if scope_needed is None:
             caller = Caller(f"anonymous@{address}", address, None)
@@ -100,8 +117,8 @@ class Gate:
         wait = self._limit.wait(caller.key)
         if wait:
             return caller, _too_many(wait)
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and len(length) < 19 and int(length) <= self._settings.max_body:
+        length = headers.get(b"content-length")
+        if length is None or (length.isdigit() and len(length) < 19 and int(length) <= self._settings.max_body):
             return caller, None
         return caller, _too_large(self._settings.max_body)
 
@@ -114,7 +131,7 @@ class Gate:
             own.append((b"content-length", b"%d" % len(reply.body)))
         if reply.gzipped:
             own += _GZIP if not same else _GZIP[:1]
-        await send({"type": "http.response.start", "status": outcome.status, "headers": own + _JSON + _SECURITY})
+        await send({"type": "http.response.start", "status": outcome.status, "headers": own + _JSON_AND_SECURITY})
         await send({"type": "http.response.body", "body": b"" if same else reply.body})
 
     def _write(self, scope: Scope, outcome: "_Outcome", caller: Caller | None, seconds: float) -> None:
@@ -143,8 +160,7 @@ class _Outcome:
                 return
             if message["type"] == "http.response.start":
                 self.status, self.started = message["status"], True
-                own = {name for name, _ in _SECURITY}
-                kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in own]
+                kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in _SECURITY_NAMES]
                 message["headers"] = [*kept, *_SECURITY, (b"x-request-id", self.request_id)]
             await send(message)
 

@@ -40,6 +40,7 @@ _ANSWER: dict[str, Any] = {
     "match": "exact",
     "version": 3,
     "measured": _PROBLEM,
+    "measured_on": None,
     "software": {
         "torch": "2.13.0",
         "triton": "3.7.1",
@@ -55,6 +56,7 @@ _ANSWER: dict[str, Any] = {
     "regret": 0.0,
     "runner_up": _SDPA,
     "baseline_ms": 1.0,
+    "stale_loss": 0.02,
     "evidence": {
         "job": "0b5a7e9c3d1f4a6b8c0d2e4f6a8b0c1d",
         "measured": "2026-01-31T12:00:00Z",
@@ -70,6 +72,19 @@ _ANSWER: dict[str, Any] = {
         "reason": "fastest in the final",
     },
     "missed": "",
+}
+
+_NEVER_MEASURED = "nvidia-h200.sm90.141g.600w"
+_PREDICTED = {
+    **_ANSWER,
+    "device_key": _NEVER_MEASURED,
+    "match": "predicted",
+    "measured_on": "nvidia-h200.sm90.141g.700w",
+    "expected_ms": None,
+    "interval": None,
+    "regret": 0.08,
+    "baseline_ms": None,
+    "missed": f"device: {_PROBLEM} was not measured on {_NEVER_MEASURED}; {_PROBLEM} was on nvidia-h200.sm90.141g.700w",
 }
 
 
@@ -144,7 +159,7 @@ class Software(BaseModel):
 class Answer(BaseModel):
     """What to run for a problem on a device, and how much that can be trusted."""
 
-    model_config = ConfigDict(json_schema_extra={"example": _ANSWER})
+    model_config = ConfigDict(json_schema_extra={"examples": [_ANSWER, _PREDICTED]})
 
     problem: str = Field(description="The key of the problem that was asked about.")
     device_key: str
@@ -152,12 +167,20 @@ class Answer(BaseModel):
     match: Literal["exact", "stale", "near", "predicted", "default"]
     version: int
     measured: str | None = Field(description="The key of the problem that the evidence is about; null for a default.")
+    measured_on: str | None = Field(description="The device that a predicted answer was measured on; else null.")
     software: Software
-    expected_ms: float | None
+    expected_ms: float | None = Field(
+        description="Time of the plan in milliseconds; null where none was measured here."
+    )
     interval: tuple[float, float] | None = Field(description="20th and 80th percentile in milliseconds.")
-    regret: float | None
+    regret: float | None = Field(
+        description="Share of time lost against the best plan that holds 9 times in 10; null where nothing tells."
+    )
     runner_up: Candidate | None
     baseline_ms: float | None = Field(description="Time of torch's own choice in the same final, in milliseconds.")
+    stale_loss: float | None = Field(
+        description="Share of time that the answer before this one, of other software, was seen to lose; else null."
+    )
     evidence: Evidence | None
     missed: str = Field(description="What kept a better match away; empty for an exact one.")
 

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from tilewise.db.demand import DemandRepository
+from tilewise.db.snapshots import SnapshotRepository
 from tilewise.domain.answer import Match
 from tilewise.domain.usage import Usage, Use
 
@@ -24,4 +25,6 @@ def report(usage: documents.UsageReport, database: DatabaseOfApp) -> Response:
     found = Usage(device_key=checked_device(usage.device, "device"), snapshot=usage.snapshot, uses=uses)
     with database.write() as session:
         DemandRepository(session).add(found)
+        if found.snapshot is not None:
+            SnapshotRepository(session).note_use(found.snapshot)
     return Response(status_code=204)

@@ -29,6 +29,7 @@ class Header:
     """What was measured, where and how.
 
     - base: the candidate whose config of `role` is what varies; reference: what every ratio is to.
+    - torch_ratio: what torch's own choice had in the final of the best, None where it was not measured.
     - parameters: of the space, in its order, with what the feasible configs have; ordered ones are searched so.
     - noise: of the final in which the best were measured again; load: 1-minute load average per core when it began and
       ended, besides which nothing is known of what else the machine did.
@@ -42,6 +43,7 @@ class Header:
     kernel: str
     base: Candidate
     reference: Candidate
+    torch_ratio: float | None = None
     parameters: tuple[Parameter, ...]
     default: Config
     seed: int

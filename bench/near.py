@@ -1,196 +1,138 @@
-"""What it costs to run a neighbour's plan: landscapes measured here, and the model of domain/near.py fitted on them.
+"""What it costs to run the plan of another problem or another device: the models of domain/transfer.py.
 
-    python -m tilewise.bench.near --output bench/results/near_cpu.json
+    python -m tilewise.bench.near record          # a sample of the tiled CPU kernel's configs on this machine
+    ATEN_CPU_CAPABILITY=avx2 python -m tilewise.bench.near record   # what torch computes with on an older CPU
+    python -m tilewise.bench.near fit --output bench/results/near_cpu.json
 
-For each problem every config of a sample of the space runs beside torch's own choice, interleaved call by call, each
-ratio the median over rounds. A pair of problems tells what the best plan of one costs on the other. The bounds are
-lines at the 95th percentile (least pinball loss), fitted without the problem that they are tested on: the share of
-those tests that a bound covers is what the report states.
+`record` calls a sample of configs beside torch's own choice, in turn, and keeps each problem as a landscape
+(bench/landscape.py). `fit` takes landscapes of any kernel, device and origin, those of `tilewise landscape record` on a
+GPU too, and writes the models of their backends into domain/transfer_models.json, and a report. How they are fitted and
+what they must hold stands in bench/near_fit.py.
 """
 
 import argparse
 import itertools
 import json
-import math
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tilewise.domain import codec
+from tilewise.domain import codec, transfer
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
-from tilewise.domain.near import MAX_DISTANCE, Line, NearModel, distance, group
+from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Dtype, Problem
-from tilewise.domain.software import Software
+from tilewise.domain.space import SearchSpace
+from tilewise.domain.trial import Outcome, now
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.inputs import random_call
-from tilewise.kernels.run import run
+from tilewise.tuner.steps import make_step
+from tilewise.tuner.timing import CpuClock
+
+from .landscape import Header, Landscape, Point, load_all, save
+from .near_fit import report_of
 
 BACKEND = "cpu_tiled"
-QUANTILE = 0.95
-SDPA = Candidate("sdpa")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landscape:
-    """Ratios to torch's own choice of one problem's configs; `default_ms` is the median of torch's own choice."""
-
-    problem: Problem
-    default_ms: float
-    ratios: tuple[tuple[Config, float], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """The best plan of one problem on another: its distance, the share of time lost, and the drift of its ratio."""
-
-    measured: Problem
-    asked: Problem
-    distance: float
-    regret: float
-    drift: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What was measured and fitted. Coverages are of problems that the fit had not seen."""
-
-    command: str
-    device: Device
-    software: Software
-    backend: str
-    configs: int
-    pairs: int
-    model: NearModel
-    regret_coverage: float
-    drift_coverage: float
-    landscapes: tuple[Landscape, ...]
+FOLDER = Path("bench/landscapes/near")
 
 
 def problems() -> list[Problem]:
     """Return families of sliding windows, where the tiled kernel wins, over lengths and heads."""
-    found = []
-    for window, head_dim in ((64, 64), (256, 64), (128, 128)):
-        for heads, length in itertools.product((2, 4, 8, 16), (512, 1024, 2048)):
-            if heads * length <= 16_384:
-                found.append(
-                    Problem(
-                        dtype=Dtype.FP32, batch=1, heads=heads, q_len=length, head_dim=head_dim, causal=True,
-                        window=(window, 0),
-                    )
-                )  # fmt: skip
-    return found
+    return [
+        Problem(dtype=Dtype.FP32, batch=1, heads=heads, q_len=length, head_dim=head_dim, causal=causal, window=window)
+        for causal, window, head_dim in (
+            (True, (64, 0), 64), (True, (256, 0), 64), (True, (128, 0), 128), (False, (64, 64), 64),
+        )
+        for heads, length in itertools.product((2, 4, 8, 16), (512, 1024, 2048))
+        if heads * length <= 8192
+    ]  # fmt: skip
 
 
 def sample(device: Device, wanted: int) -> list[Config]:
-    """Return configs that every problem's space holds, the same ones for all."""
-    common: set[Config] | None = None
-    for problem in problems():
-        spaces = backend_named(BACKEND).spaces(problem, device)
-        configs = set(spaces["forward"])
-        common = configs if common is None else common & configs
-    ordered = sorted(common or (), key=str)
+    """Return configs that every problem's space holds, the same ones for all problems and devices."""
+    spaces = [set(_space(problem, device)) for problem in problems()]
+    ordered = sorted(set.intersection(*spaces), key=str)
     return random.Random(0).sample(ordered, min(wanted, len(ordered)))
 
 
 def landscape(problem: Problem, configs: Sequence[Config], rounds: int) -> Landscape:
-    """Measure a problem: every round calls torch's own choice and each config once, in another order."""
-    call = random_call(problem, torch.device("cpu"), seed=0)
-    candidates = [SDPA, *(Candidate.of(BACKEND, forward=config) for config in configs)]
-    times: dict[Candidate, list[float]] = {candidate: [] for candidate in candidates}
-    order = random.Random(0)
-    with torch.inference_mode():
-        for number in range(rounds + 1):
-            for candidate in order.sample(candidates, len(candidates)):
-                start = time.perf_counter()
-                run(call, candidate)
-                if number:  # the first round warms up
-                    times[candidate].append(time.perf_counter() - start)
-    ratios = tuple(
-        (config, statistics.median(a / b for a, b in zip(times[candidate], times[SDPA], strict=True)))
-        for config, candidate in zip(configs, candidates[1:], strict=True)
+    """Measure configs of a problem, torch's own choice being the reference, with the clock that tunings have."""
+    began, start, load = now(), time.monotonic(), os.getloadavg()[0]
+    device = devices.describe(torch.device("cpu"))
+    call, space = random_call(problem, torch.device("cpu"), seed=0), _space(problem, device)
+    reference = default_candidate(problem)
+    candidates = [reference, reference, *(Candidate.of(BACKEND, forward=config) for config in configs)]
+    steps = [make_step(call, candidate) for candidate in candidates]
+    clock = CpuClock()
+    clock.settle(steps)
+    first, again, *times = clock.interleave(steps, rounds)
+    ratios = [statistics.median(a / b for a, b in zip(each, first, strict=True)) for each in (again, *times)]
+    points = tuple(
+        Point(config=config, outcome=Outcome.OK, ratio=ratio, samples=rounds, seconds=round(sum(each) / 1e3, 3))
+        for config, ratio, each in zip(configs, ratios[1:], times, strict=True)
     )
-    return Landscape(problem=problem, default_ms=statistics.median(times[SDPA]) * 1e3, ratios=ratios)
+    header = Header(
+        problem=problem, device=device, device_key=device.key, software=devices.software(device.kind), role="forward",
+        kernel=space.kernel, base=Candidate.of(BACKEND, forward=space.default), reference=reference, torch_ratio=1.0,
+        parameters=space.parameters, default=space.default, seed=0, noise=abs(ratios[0] - 1),
+        load=tuple(round(each / os.cpu_count(), 2) for each in (load, os.getloadavg()[0])),  # type: ignore[arg-type, operator]
+        seconds=round(time.monotonic() - start, 1), command=_command(), started=began,
+    )  # fmt: skip
+    return Landscape(header, points)
 
 
-def pairs(landscapes: Sequence[Landscape]) -> list[Pair]:
-    """Return every ordered pair of a group within the model's distance."""
-    found = []
-    for near, asked in itertools.permutations(landscapes, 2):
-        far = distance(near.problem, asked.problem)
-        if group(near.problem) != group(asked.problem) or far > MAX_DISTANCE:
-            continue
-        config, there = min(near.ratios, key=lambda pair: pair[1])
-        here = dict(asked.ratios)
-        best = min(1.0, *here.values())
-        found.append(
-            Pair(
-                measured=near.problem, asked=asked.problem, distance=far,
-                regret=here[config] / best - 1, drift=math.log(here[config] / there),
-            )
-        )  # fmt: skip
-    return found
+def _space(problem: Problem, device: Device) -> SearchSpace:
+    return backend_named(BACKEND).spaces(problem, device)["forward"]
 
 
-def line(points: Sequence[tuple[float, float]]) -> Line:
-    """Return the line of least pinball loss at QUANTILE, rising or level, never below 0."""
-    high = max(0.0, *(y for _, y in points))
-    bases, slopes = ([high * step / 40 for step in range(41)] for _ in range(2))
-
-    def loss(found: Line) -> float:
-        gaps = [y - found.at(x) for x, y in points]
-        return sum(gap * QUANTILE if gap > 0 else -gap * (1 - QUANTILE) for gap in gaps)
-
-    return min((Line(base, slope) for base in bases for slope in slopes), key=loss)
+def _command() -> str:
+    setting = os.environ.get("ATEN_CPU_CAPABILITY")
+    words = ["python", "-m", "tilewise.bench.near", *sys.argv[1:]]
+    return " ".join([*([f"ATEN_CPU_CAPABILITY={setting}"] if setting else []), *words])
 
 
-def fit(found: Sequence[Pair]) -> NearModel:
-    return NearModel(
-        regret=line([(pair.distance, pair.regret) for pair in found]),
-        drift=line([(pair.distance, pair.drift) for pair in found]),
-    )
+def record(folder: Path, wanted: int, rounds: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    configs = sample(devices.describe(torch.device("cpu")), wanted)
+    for problem in problems():
+        found = landscape(problem, configs, rounds)
+        path = save(found, folder)
+        print(f"{path}: best {found.best:.3f} of torch's time, noise {found.header.noise:.3f}", flush=True)
 
 
-def coverage(found: Sequence[Pair]) -> tuple[float, float]:
-    """Return the shares of pairs that the bounds cover, each fitted without any pair of the problem that is asked."""
-    regret, drift = 0, 0
-    for asked in {pair.asked for pair in found}:
-        model = fit([pair for pair in found if asked not in (pair.asked, pair.measured)])
-        for pair in found:
-            if pair.asked == asked:
-                regret += pair.regret <= model.regret.at(pair.distance)
-                drift += pair.drift <= model.drift.at(pair.distance)
-    return regret / len(found), drift / len(found)
+def fit(paths: Sequence[Path], output: Path, models: Path) -> None:
+    report = report_of(load_all(paths), command=_command())
+    output.write_text(json.dumps(codec.to_json(report), indent=1) + "\n")
+    known = transfer.read(models) if models.exists() else {}
+    transfer.write(models, {**known, **{each.kernels: each.models for each in report.fits}})
+    for each in report.fits:
+        print(f"{each.kernels}\n  {each.models.near}, {each.near}\n  {each.models.predicted}, {each.predicted}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--configs", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
+    commands = parser.add_subparsers(dest="what", required=True)
+    recording = commands.add_parser("record", help="measure this machine")
+    recording.add_argument("--folder", type=Path, default=FOLDER)
+    recording.add_argument("--configs", type=int, default=16)
+    recording.add_argument("--rounds", type=int, default=15)
+    recording.add_argument("--threads", type=int, default=1)
+    fitting = commands.add_parser("fit", help="fit the models of landscapes")
+    fitting.add_argument("landscapes", type=Path, nargs="*", default=[FOLDER], help="files or folders")
+    fitting.add_argument("--output", type=Path, required=True)
+    fitting.add_argument("--models", type=Path, default=transfer.PATH)
     given = parser.parse_args()
-    device = devices.describe(torch.device("cpu"))
-    configs = sample(device, given.configs)
-    landscapes = []
-    for problem in problems():
-        landscapes.append(landscape(problem, configs, given.rounds))
-        config, ratio = min(landscapes[-1].ratios, key=lambda pair: pair[1])
-        print(f"{problem.key}: {landscapes[-1].default_ms:.2f} ms, best {ratio:.3f} with {config}", flush=True)
-    found = pairs(landscapes)
-    regret, drift = coverage(found)
-    report = Report(
-        command=f"python -m tilewise.bench.near --output {given.output}", device=device,
-        software=devices.software(device.kind), backend=BACKEND, configs=len(configs), pairs=len(found),
-        model=fit(found), regret_coverage=regret, drift_coverage=drift, landscapes=tuple(landscapes),
-    )  # fmt: skip
-    given.output.write_text(json.dumps(codec.to_json(report), indent=1) + "\n")
-    print(f"{len(found)} pairs, {report.model}, covered {regret:.3f} and {drift:.3f}")
+    if given.what == "record":
+        record(given.folder, given.configs, given.rounds, given.threads)
+    else:
+        fit(given.landscapes, given.output, given.models)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import torch
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import SettingsError, TuningError
+from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import SearchSpace
-from tilewise.domain.trial import Outcome, now
+from tilewise.domain.trial import Measurement, Outcome, now
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import backend_named
 from tilewise.tuner.crew import Crew, Pipeline, Tried
@@ -49,7 +50,8 @@ def record(
 ) -> Landscape:
     """Measure every config of the space on the crew's device.
 
-    The reference of all ratios is the backend's default. The best 5% are measured again, in one interleaved final.
+    The reference of all ratios is the backend's default. The best 5% are measured again, in one interleaved final that
+    torch's own choice is in too, where it is right.
     Raises SettingsError for a role or kernel that is not there, TuningError where the reference fails.
     """
     start, began = time.monotonic(), now()
@@ -79,10 +81,13 @@ def record(
             if tried.trial.candidate == base and tried.trial.outcome is not Outcome.OK:
                 raise TuningError(f"the reference {base} fails on {subject.problem.key}: {tried.trial.message}")
             tell(len(found), len(configs), _point(tried, subject.role))
-        noise, again = _again(pipeline, base, found, final_seconds, subject.role)
+        torchs = default_candidate(subject.problem)
+        pipeline.submit(torchs)
+        right = pipeline.take(best_ratio=float("inf")).trial.outcome is Outcome.OK
+        noise, again = _again(pipeline, base, found, final_seconds, torchs if right else None)
     finally:
         pipeline.abandon()
-    points = [again.get(each) or _point(tried, subject.role) for each, tried in found.items()]
+    points = [_point(tried, subject.role, again.get(each)) for each, tried in found.items()]
     header = Header(
         problem=subject.problem,
         device=described,
@@ -92,6 +97,7 @@ def record(
         kernel=space.kernel,
         base=base,
         reference=base,
+        torch_ratio=again[torchs].ratio if torchs in again else None,
         parameters=space.parameters,
         default=space.default,
         seed=seed,
@@ -121,39 +127,37 @@ def _space(subject: Subject, device: torch.device) -> tuple[SearchSpace, Candida
 
 
 def _again(
-    pipeline: Pipeline, base: Candidate, found: dict[Candidate, Tried], seconds: float, role: str
-) -> tuple[float, dict[Candidate, Point]]:
-    """Return the noise, and the points of the best 5% measured again beside the reference."""
+    pipeline: Pipeline, base: Candidate, found: dict[Candidate, Tried], seconds: float, torchs: Candidate | None
+) -> tuple[float, dict[Candidate, Measurement]]:
+    """Return the noise, and what the best 5% and torch's own choice had in a final beside the reference."""
     right = sorted((each for each in found if found[each].trial.outcome is Outcome.OK), key=lambda c: _ratio(found[c]))
     count = max(LEAST_AGAIN, round(AGAIN_SHARE * len(found)))
     while True:
-        finalists = tuple(dict.fromkeys([base, *right[:count]]))
+        finalists = tuple(dict.fromkeys([base, *([] if torchs is None else [torchs]), *right[:count]]))
         judged = pipeline.judge(finalists, rounds=FINAL_ROUNDS, seconds=seconds)
         if judged.final is not None:
-            break
+            return judged.final.noise, dict(zip(finalists, judged.final.measurements, strict=True))
         for trial in judged.failures:
             if trial.candidate == base:
                 raise TuningError(f"the reference {base} fails in the final: {trial.message}")
-            found[trial.candidate] = replace(found[trial.candidate], trial=trial)
-            right.remove(trial.candidate)
-    points = {}
-    for candidate, measurement in zip(finalists, judged.final.measurements, strict=True):
-        tried = found[candidate]
-        again = replace(tried, trial=replace(tried.trial, measurement=measurement))
-        points[candidate] = replace(_point(again, role), again=True)
-    return judged.final.noise, points
+            if trial.candidate == torchs:
+                torchs = None
+            else:
+                found[trial.candidate] = replace(found[trial.candidate], trial=trial)
+                right.remove(trial.candidate)
 
 
-def _point(tried: Tried, role: str) -> Point:
+def _point(tried: Tried, role: str, again: Measurement | None = None) -> Point:
     trial, config = tried.trial, tried.trial.candidate.config(role)
     assert config is not None, "what is recorded has a config for its role"
-    measurement = trial.measurement if trial.outcome is Outcome.OK else None
+    measurement = again or (trial.measurement if trial.outcome is Outcome.OK else None)
     return Point(
         config=config,
         outcome=trial.outcome,
         ratio=measurement.ratio if measurement else None,
         spread=measurement.spread if measurement else None,
         samples=measurement.samples if measurement else 0,
+        again=again is not None,
         compile_seconds=round(tried.compile_seconds, 3),
         seconds=round(trial.seconds - tried.compile_seconds, 3),
         footprints=tried.footprints,

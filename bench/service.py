@@ -4,7 +4,7 @@
 
 - one answer: GET through wrk with 32 connections, against a plain FastAPI route of the same app that returns a
   constant;
-- many: POST of 1,000 problems against POST of one;
+- many: POST of 1,000 problems against POST of one, and the same for the first one of a service that just started;
 - lookup: a key built and looked up in this process; the constructor of a client whose service refuses, hangs, answers
   500 or garbage;
 - ranks: 2,000 simulated ranks that start at once against one service process.
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from tilewise.domain.trial import Measurement
 DEVICE = "nvidia-h200.sm90.141g.700w"
 CONNECTIONS = 32
 RANKS = 2000
+COLD_STARTS = 5
 SERVE = """
 import sys
 from tilewise.api import server
@@ -97,15 +100,28 @@ def problems(number: int) -> list[Problem]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A service that runs as a process of its own."""
+
+    address: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Return the time that the process ran so far, which other work on the machine does not stretch much."""
+        user, system = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def serving(url: str) -> Iterator[str]:
-    """Run the service as a process of its own and yield its address."""
+def serving(url: str) -> Iterator[Serving]:
+    """Run the service until the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip()
+        yield Serving(process.stdout.readline().strip(), process.pid)
     finally:
         process.terminate()
         process.communicate()
@@ -126,13 +142,19 @@ def wrk(url: str, seconds: float) -> dict[str, float]:
     return found
 
 
-def one_answer(address: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Alternate both routes, so that what else the machine does hits both."""
+def one_answer(service: Serving, seconds: float, rounds: int) -> dict[str, Any]:
+    """Alternate both routes, so that what else the machine does hits both.
+
+    cpu_ratio compares the time that the service's process ran for a request: what of the ratio is its own.
+    """
     paths = {"answer": f"/v1/answers/{DEVICE}/{problems(1)[0].key}?software=torch@2.13.0", "constant": "/v1/constant"}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
     for _ in range(rounds):
         for name, path in paths.items():
-            runs[name].append(wrk(address + path, seconds))
+            before = service.cpu_seconds()
+            run = wrk(service.address + path, seconds)
+            run["cpu_us"] = (service.cpu_seconds() - before) / (run["requests_per_s"] * seconds) * 1e6
+            runs[name].append(run)
     found: dict[str, Any] = {
         name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()
     }
@@ -141,26 +163,41 @@ def one_answer(address: str, seconds: float, rounds: int) -> dict[str, Any]:
         **found,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "cpu_ratio": found["constant"]["cpu_us"] / found["answer"]["cpu_us"],
         "p99_ratio": found["answer"]["p99_ms"] / found["constant"]["p99_ms"],
     }
 
 
-def many_answers(address: str) -> dict[str, float]:
-    """Time a POST of one problem and of 1,000, warm, in turn."""
-    keys = [problem.key for problem in problems(1000)]
-    times: dict[int, list[float]] = {1: [], 1000: []}
-    with httpx.Client(base_url=address, timeout=60) as client:
-        first = time.perf_counter()
-        client.post("/v1/answers", json={"device": DEVICE, "problems": keys}).raise_for_status()
-        first = time.perf_counter() - first
-        bodies = {number: json.dumps({"device": DEVICE, "problems": keys[:number]}).encode() for number in times}
+def post(client: httpx.Client, number: int) -> float:
+    """Ask for `number` problems and return the seconds until the answers were there."""
+    question = {"device": DEVICE, "problems": [problem.key for problem in problems(number)]}
+    body = json.dumps(question).encode()
+    start = time.perf_counter()
+    client.post("/v1/answers", content=body, headers={"Content-Type": "application/json"}).raise_for_status()
+    return time.perf_counter() - start
+
+
+def many_answers(url: str) -> dict[str, float]:
+    """Time a POST of one problem and of 1,000: the first of a service that just started, and warm, in turn."""
+    cold: dict[int, list[float]] = {1: [], 1000: []}
+    warm: dict[int, list[float]] = {1: [], 1000: []}
+    for _ in range(COLD_STARTS):
+        for number, times in cold.items():
+            with serving(url) as service, httpx.Client(base_url=service.address, timeout=60) as client:
+                client.get("/healthz").raise_for_status()  # the connection is there, and the service knows its routes
+                times.append(post(client, number))
+    with serving(url) as service, httpx.Client(base_url=service.address, timeout=60) as client:
+        post(client, 1000)
         for _ in range(60):
-            for number, body in bodies.items():
-                start = time.perf_counter()
-                client.post("/v1/answers", content=body, headers={"Content-Type": "application/json"})
-                times[number].append(time.perf_counter() - start)
-    one, many = (statistics.median(each) * 1e3 for each in times.values())
-    return {"one_ms": one, "thousand_ms": many, "ratio": many / one, "first_thousand_ms": first * 1e3}
+            for number, times in warm.items():
+                times.append(post(client, number))
+    one, many, first_one, first_many = (
+        statistics.median(each) * 1e3 for times in (warm, cold) for each in times.values()
+    )
+    return {
+        "one_ms": one, "thousand_ms": many, "ratio": many / one, "first_one_ms": first_one,
+        "first_thousand_ms": first_many, "first_ratio": first_many / first_one,
+    }  # fmt: skip
 
 
 def per_call(work: Callable[[], object], number: int = 20_000) -> float:
@@ -285,10 +322,11 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
         with Database.open(url, upgrade=True) as database, database.write() as session:
             for problem in problems(1000):
                 AnswerRepository(session).replace(made_answer(problem), expected_version=0, reason="made")
-        with serving(url) as address:
-            found = {"one_answer": one_answer(address, seconds, rounds), "many_answers": many_answers(address)}
-            httpx.get(f"{address}/v1/answers/{DEVICE}")  # the file is made once, for whoever asks first
-            found["ranks"] = asyncio.run(ranks(address))
+        with serving(url) as service:
+            found = {"one_answer": one_answer(service, seconds, rounds)}
+            httpx.get(f"{service.address}/v1/answers/{DEVICE}")  # the file is made once, for whoever asks first
+            found["ranks"] = asyncio.run(ranks(service.address))
+        found["many_answers"] = many_answers(url)
     return {**found, "lookup": lookup(), "client_start": client_start()}
 
 
@@ -298,9 +336,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run of wrk")
     parser.add_argument("--rounds", type=int, default=5, help="of each route")
     given = parser.parse_args()
+    before = os.getloadavg()[0]
     found = measure(given.seconds, given.rounds)
-    command = f"python -m tilewise.bench.service --output {given.output}"
-    given.output.write_text(json.dumps({"command": command, "kind": DeviceKind.CPU, **found}, indent=1) + "\n")
+    command = " ".join(["python", "-m", "tilewise.bench.service", *sys.argv[1:]])
+    about = {"command": command, "kind": DeviceKind.CPU, "cores": os.cpu_count(), "load": [before, os.getloadavg()[0]]}
+    given.output.write_text(json.dumps({**about, **found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 

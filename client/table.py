@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 
 from tilewise.domain.answer import Answer
-from tilewise.domain.matching import KeptAnswers, match
+from tilewise.domain.matching import KeptAnswers, by_device, match, predictors
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.software import Software
@@ -20,8 +20,11 @@ class SealedTable:
 
     def __init__(self, snapshot: Snapshot, device_key: str, software: Software, *, origin: str) -> None:
         self.snapshot, self.device_key, self.software, self.origin = snapshot, device_key, software, origin
-        own = {found.problem.key: found for found in snapshot.answers if found.device_key == device_key}
-        self._kept = KeptAnswers(own)
+        devices = by_device(snapshot.answers)
+        self._kept = devices.get(device_key, KeptAnswers({}))
+        self._others = predictors(device_key, devices)
+        for kept in (self._kept, *(other.kept for other in self._others)):
+            kept.prepare()
         self._memo: dict[Hashable, Answer] = {}
 
     @property
@@ -50,7 +53,7 @@ class SealedTable:
         return self._find(key, build()) if answer is None else answer
 
     def _find(self, key: Hashable, problem: Problem) -> Answer:
-        answer = match(problem, self.device_key, self.software, self._kept)
+        answer = match(problem, self.device_key, self.software, self._kept, self._others)
         if len(self._memo) >= MEMO_LIMIT:
             self._memo.clear()
         # the first of two threads that got here at once wins, so that everybody holds the same object

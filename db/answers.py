@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -12,9 +13,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Text, cast, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from tilewise.domain import codec
-from tilewise.domain.answer import Answer
+from tilewise.domain import codec, transfer
+from tilewise.domain.answer import Answer, Evidence
+from tilewise.domain.device_gap import device_gap
 from tilewise.domain.errors import ConflictError
+from tilewise.domain.matching import KeptAnswers, predictors
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.trial import now
@@ -88,8 +91,14 @@ class StoredAnswer:
     text: str
 
     @cached_property
-    def answer(self) -> Answer:
-        return codec.from_json(Answer, json.loads(self.text))
+    def bare(self) -> Answer:
+        """The answer without its evidence, which is most of the work of reading it."""
+        return codec.from_json(Answer, {**json.loads(self.text), "evidence": None})
+
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        document = json.loads(self.text).get("evidence")
+        return None if document is None else codec.from_json(Evidence, document)
 
 
 class AnswerRepository:
@@ -103,9 +112,11 @@ class AnswerRepository:
         document = self._session.scalar(select(AnswerRow.document).where(*_about(device_key, problem)))
         return None if document is None else codec.from_json(Answer, document)
 
-    def of_device(self, device_key: str) -> dict[str, Answer]:
-        """Return all standing answers of a device by problem key, as domain.matching.match takes them."""
+    def of_device(self, device_key: str, *, backends: Iterable[str] | None = None) -> dict[str, Answer]:
+        """Return the standing answers of a device, all or those of some backends, by problem key."""
         query = select(AnswerRow.problem_key, AnswerRow.document).where(AnswerRow.device_key == device_key)
+        if backends is not None:
+            query = query.where(AnswerRow.backend.in_(backends))
         return {key: codec.from_json(Answer, document) for key, document in self._session.execute(query)}
 
     def newest(self) -> int:
@@ -239,11 +250,19 @@ class AnswerRepository:
         return AnswerPage(answers=listed, total=total or 0)
 
     def snapshot(self, device_key: str | None = None) -> Snapshot:
-        """Return the standing answers of a device, or of all, as a snapshot."""
-        query = select(AnswerRow.document)
-        if device_key is not None:
-            query = query.where(AnswerRow.device_key == device_key)
-        return Snapshot.of(codec.from_json(Answer, document) for document in self._session.scalars(query))
+        """Return the standing answers of all devices as a snapshot; or of one, with those of others that predict it.
+
+        What the service sends as all answers of a device is the same.
+        """
+        if device_key is None:
+            every = self._session.scalars(select(AnswerRow.document))
+            return Snapshot.of(codec.from_json(Answer, document) for document in every)
+        keys = self._session.scalars(select(AnswerRow.device_key).distinct())
+        alike = [key for key in keys if key != device_key and device_gap(key, device_key) is not None]
+        able = transfer.predicted_backends()
+        devices = {key: KeptAnswers(self.of_device(key, backends=able)) for key in alike}
+        foreign = [other.kept[key] for other in predictors(device_key, devices) for key in other.useful()]
+        return Snapshot.of([*self.of_device(device_key).values(), *foreign])
 
 
 def _check_justified(new: Answer, standing: Answer | None) -> None:

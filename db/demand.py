@@ -7,9 +7,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from tilewise.domain.answer import Match
+from tilewise.domain.device_gap import device_gap
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import now
-from tilewise.domain.usage import STALE_LOSS, UNKNOWN_LOSS, Demand, Usage
+from tilewise.domain.usage import NEAR_LOSS, STALE_LOSS, UNKNOWN_LOSS, Demand, Usage
 
 from . import references
 from .models import AnswerRow, DemandRow, JobRow, ProblemRow
@@ -68,11 +69,13 @@ class DemandRepository:
         """Return where most GPU time is lost, the worst first.
 
         Of a problem without an answer the time of a call is estimated by the operations per millisecond of the
-        device's answers, and the loss by what those answers won over torch's own choice.
+        device's answers, of one without any by those of the device that is most like it, and the loss by what those
+        answers won over torch's own choice.
         """
         calls = func.sum(DemandRow.calls)
         missed = func.sum(case((DemandRow.match == Match.EXACT, 0), else_=DemandRow.calls))
         stale = func.sum(case((DemandRow.match == Match.STALE, DemandRow.calls), else_=0))
+        near = func.sum(case((DemandRow.match.in_((Match.NEAR, Match.PREDICTED)), DemandRow.calls), else_=0))
         query = (
             select(
                 DemandRow.device_key,
@@ -80,6 +83,7 @@ class DemandRepository:
                 calls.label("calls"),
                 missed.label("missed"),
                 stale.label("stale"),
+                near.label("near"),
                 func.min(DemandRow.first).label("first"),
                 func.max(DemandRow.last).label("last"),
                 func.max(ProblemRow.forward_flops).label("flops"),
@@ -97,9 +101,7 @@ class DemandRepository:
         if device_key is not None:
             query = query.where(DemandRow.device_key == device_key)
         devices = self._devices()
-        found = [
-            _demand(row, *devices.get(row.device_key, (None, UNKNOWN_LOSS))) for row in self._session.execute(query)
-        ]
+        found = [_demand(row, *_of_device(row.device_key, devices)) for row in self._session.execute(query)]
         found.sort(key=lambda demand: (-demand.lost_ms, -demand.missed, demand.problem.key))
         return tuple(found[:limit])
 
@@ -139,14 +141,23 @@ class DemandRepository:
         return found
 
 
+def _of_device(device_key: str, devices: dict[str, tuple[float | None, float]]) -> tuple[float | None, float]:
+    """Return what `_devices` knows of a device, or of the one that is most like it."""
+    if device_key in devices:
+        return devices[device_key]
+    gaps = {key: device_gap(key, device_key) for key in devices}
+    alike = [(gap.distance, key) for key, gap in gaps.items() if gap is not None]
+    return (devices[min(alike)[1]][0], UNKNOWN_LOSS) if alike else (None, UNKNOWN_LOSS)
+
+
 def _demand(row: Any, rate: float | None, won: float) -> Demand:
-    missed, stale = int(row.missed), int(row.stale)
+    missed, stale, near = int(row.missed), int(row.stale), int(row.near)
     if row.expected and row.baseline:
         expected, loss = row.baseline, min(max(1 - row.expected / row.baseline, 0.0), 1.0)
     else:
         expected, loss = (None if rate is None else row.flops / rate), won
-    if missed:  # what an older kernel still does well is lost only in small part
-        loss = (loss * (missed - stale) + STALE_LOSS * stale) / missed
+    if missed:  # what an older kernel, or a neighbour's plan, still does well is lost only in small part
+        loss = (loss * (missed - stale - near) + STALE_LOSS * stale + NEAR_LOSS * near) / missed
     return Demand(
         device_key=row.device_key,
         problem=Problem.parse(row.problem_key),

@@ -223,6 +223,17 @@ class SnapshotRow(Base):
     file: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class SentSnapshotRow(Base):
+    """A snapshot that went out without being frozen, and when it was last sent or reported as used."""
+
+    __tablename__ = "sent_snapshots"
+    __table_args__ = (Index(None, "used", "id"),)
+
+    id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    used: Mapped[datetime] = mapped_column(UtcDateTime)
+    file: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class SnapshotEntryRow(Base):
     """Which version of which answer a snapshot holds, to find the snapshots of an answer and to compare two."""
 

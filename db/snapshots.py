@@ -2,7 +2,7 @@
 
 import gzip
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from tilewise.domain.errors import NotFoundError, SettingsError
@@ -10,8 +10,10 @@ from tilewise.domain.snapshot import ChannelChange, FrozenSnapshot, Snapshot, is
 from tilewise.domain.trial import now
 
 from . import paging, references
-from .models import ChannelChangeRow, ChannelRow, SnapshotEntryRow, SnapshotRow
+from .models import ChannelChangeRow, ChannelRow, SentSnapshotRow, SnapshotEntryRow, SnapshotRow
 from .paging import Page, Position
+
+MAX_SENT = 500
 
 
 class SnapshotRepository:
@@ -56,8 +58,30 @@ class SnapshotRepository:
         return None if row is None else FrozenSnapshot(id=row.id, created=row.created, answers=row[2], note=row.note)
 
     def file(self, snapshot_id: str) -> bytes | None:
-        """Return the file form of a snapshot, gzipped; None where there is none of that id."""
-        return self._session.scalar(select(SnapshotRow.file).where(SnapshotRow.id == snapshot_id))
+        """Return the file form of a snapshot that was frozen or sent, gzipped; None where there is none of that id."""
+        frozen = self._session.scalar(select(SnapshotRow.file).where(SnapshotRow.id == snapshot_id))
+        if frozen is not None:
+            return frozen
+        return self._session.scalar(select(SentSnapshotRow.file).where(SentSnapshotRow.id == snapshot_id))
+
+    def keep_sent(self, snapshot_id: str, gzipped: bytes) -> None:
+        """Keep the file of a snapshot that is sent, so that its id can be pinned when other answers stand.
+
+        Of those that were not frozen the MAX_SENT that were sent or used last are kept.
+        """
+        values = {"id": snapshot_id, "used": now(), "file": gzipped}
+        new = references.insert_new(self._session, SentSnapshotRow, values).returning(SentSnapshotRow.id)
+        if self._session.scalar(new) is None:
+            self.note_use(snapshot_id)
+            return
+        last = (SentSnapshotRow.used.desc(), SentSnapshotRow.id)
+        beyond = select(SentSnapshotRow.id).order_by(*last).offset(MAX_SENT)
+        self._session.execute(delete(SentSnapshotRow).where(SentSnapshotRow.id.in_(beyond)))
+
+    def note_use(self, snapshot_id: str) -> None:
+        """Note that a job uses a snapshot: of those that were sent, it is not the next to go."""
+        changed = update(SentSnapshotRow).where(SentSnapshotRow.id == snapshot_id)
+        self._session.execute(changed.values(used=now()))
 
     def load(self, snapshot_id: str) -> Snapshot:
         """Return a snapshot, verified. Raises NotFoundError where there is none of that id."""
@@ -93,7 +117,7 @@ class ChannelRepository:
         return tuple(self._session.scalars(select(ChannelRow.name).order_by(ChannelRow.name)))
 
     def move(self, name: str, snapshot_id: str, *, reason: str, actor: str) -> ChannelChange:
-        """Let a channel point at a snapshot; a new name makes a new channel.
+        """Let a channel point at a snapshot, which is frozen by that; a new name makes a new channel.
 
         Raises NotFoundError where there is no such snapshot, SettingsError where the name can be none.
         """
@@ -101,8 +125,11 @@ class ChannelRepository:
             raise SettingsError(
                 f"channel: expected lower-case letters, digits and dashes, at most 63, a letter first, got {name!r}"
             )
-        if SnapshotRepository(self._session).get(snapshot_id) is None:
+        snapshots = SnapshotRepository(self._session)
+        if snapshots.file(snapshot_id) is None:
             raise NotFoundError(f"no snapshot {snapshot_id} to let {name} point at; freeze or import it first")
+        if snapshots.get(snapshot_id) is None:
+            snapshots.freeze(snapshots.load(snapshot_id), note=f"sent before, frozen for {name}")
         moment = now()
         values = {"name": name, "snapshot_id": snapshot_id, "changed": moment}
         new = references.insert_new(self._session, ChannelRow, values).returning(ChannelRow.name)

@@ -55,10 +55,17 @@ class Answer:
 
     - match: how the answer was found; `missed` names the field that kept a better match away, empty for exact.
     - measured: the problem the evidence is about: `problem` itself, or its bucket, or a near one; None for default.
-    - expected_ms, interval: time of the plan with its 20th and 80th percentile; None for default.
-    - regret: share of time lost against the best plan that holds 9 times in 10: 0 for exact, bounded for near, None
-      where nothing bounds it (stale, default).
+    - measured_on: the device the evidence is about, where that is another one: only for predicted.
+    - expected_ms, interval: time of the plan with its 20th and 80th percentile; None for predicted and default.
+    - regret: share of time lost against the best plan that holds 9 times in 10; None where nothing says.
+      exact: 0. near and predicted: from models fitted on measured landscapes (domain/transfer.py).
+      stale: of the device's answers that replaced or confirmed one of other software, what that one lost
+      (`stale_loss`). default: what torch's own choice lost of the device's tuned problems of the same pass.
+      Both are the order statistic that a further one of the same kind stays below 9 times in 10
+      (domain/experience.py), which takes nine of them: with fewer it is None.
     - baseline_ms: time of torch's own choice in the same final.
+    - stale_loss: what share of time the answer before this one, measured with other software, was seen to lose in the
+      final of this one; None where there was none, or it was of the same software.
     - version: counts the changes of this answer; a write names the version it replaces.
     """
 
@@ -68,12 +75,14 @@ class Answer:
     match: Match
     version: int = 0
     measured: Problem | None = None
+    measured_on: str | None = None
     software: Software = field(default_factory=Software)
     expected_ms: float | None = None
     interval: tuple[float, float] | None = None
     regret: float | None = None
     runner_up: Candidate | None = None
     baseline_ms: float | None = None
+    stale_loss: float | None = None
     evidence: Evidence | None = None
     missed: str = ""
 

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import itertools
 import json
 import types
 import typing
@@ -49,7 +50,10 @@ def from_json(kind: type[T], data: Json) -> T:
     Fields that the document lacks take their default; fields that the type does not know are ignored, so that an
     older reader survives a newer writer. Raises ValueError naming the field where a value does not fit.
     """
-    return typing.cast(T, _decode(kind, data, kind.__name__))
+    try:
+        return typing.cast(T, _reader(typing.cast(Any, kind))(data))
+    except _MisfitError as misfit:
+        raise ValueError(f"{kind.__name__}{''.join(reversed(misfit.where))}: {misfit}") from misfit
 
 
 def canonical(value: object) -> bytes:
@@ -80,71 +84,122 @@ def _as_floats(value: Any) -> Any:
     return None if value is None else float(value)
 
 
-def _decode(kind: Any, data: Json, where: str) -> Any:
-    origin = typing.get_origin(kind)
+class _MisfitError(Exception):
+    """A value that does not fit; `where` grows from the value to the document while it is on its way up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.where: list[str] = []
+
+
+Reader = Callable[[Json], Any]
+
+
+@functools.cache
+def _reader(kind: Any) -> Reader:
+    """Return what reads a `kind`; made once a type, because looking at hints takes ten times as long as reading."""
     if kind is Any:
-        return data
+        return lambda data: data
+    origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return _decode_union(typing.get_args(kind), data, where)
+        return _union_reader(typing.get_args(kind))
     if origin is tuple:
-        return _decode_tuple(typing.get_args(kind), data, where)
+        return _tuple_reader(typing.get_args(kind))
     if isinstance(kind, type):
         if hasattr(kind, "from_json"):
-            return _named(where, kind.from_json, data)
+            return _named(kind.from_json)
         if dataclasses.is_dataclass(kind):
-            return _decode_dataclass(kind, data, where)
+            return _dataclass_reader(kind)
         if issubclass(kind, enum.Enum):
-            return _named(where, kind, data)
+            return _named(kind)
+        return _scalar_reader(kind)
+    raise TypeError(f"the codec does not know the type {kind!r}")
+
+
+def _named(read: Reader) -> Reader:
+    def reading(data: Json) -> Any:
+        try:
+            return read(data)
+        except ValueError as error:
+            raise _MisfitError(str(error)) from error
+
+    return reading
+
+
+def _scalar_reader(kind: type) -> Reader:
+    moment = _named(datetime.fromisoformat)
+
+    def reading(data: Json) -> Any:
+        if type(data) is kind:
+            return data
         if kind is datetime and isinstance(data, str):
-            return _named(where, datetime.fromisoformat, data)
+            return moment(data)
         if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
             return float(data)
         if isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
             return data
-        raise ValueError(f"{where}: expected {kind.__name__}, got {data!r}")
-    raise TypeError(f"{where}: the codec does not know the type {kind!r}")
+        raise _MisfitError(f"expected {kind.__name__}, got {data!r}")
+
+    return reading
 
 
-def _named(where: str, read: Callable[[Json], Any], data: Json) -> Any:
-    try:
-        return read(data)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _decode_union(members: tuple[Any, ...], data: Json, where: str) -> Any:
-    if data is None and types.NoneType in members:
-        return None
+def _union_reader(members: tuple[Any, ...]) -> Reader:
     options = [member for member in members if member is not types.NoneType]
+    optional = len(options) < len(members)
     # bool before int, int before float: the order in which JSON values are narrow
-    for option in sorted(options, key=lambda kind: (bool, int, float).index(kind) if kind in (bool, int, float) else 3):
-        if isinstance(option, type) and option in (bool, int, float, str) and type(data) is not option:
-            continue
-        return _decode(option, data, where)
-    if len(options) == 1:
-        return _decode(options[0], data, where)
-    raise ValueError(f"{where}: {data!r} fits none of {', '.join(str(option) for option in options)}")
+    narrow = (bool, int, float)
+    options.sort(key=lambda kind: narrow.index(kind) if kind in narrow else len(narrow))
+    readers = [(option if option in (*narrow, str) else None, _reader(option)) for option in options]
+
+    def reading(data: Json) -> Any:
+        if data is None and optional:
+            return None
+        for scalar, read in readers:
+            if scalar is None or type(data) is scalar or len(readers) == 1:
+                return read(data)
+        raise _MisfitError(f"{data!r} fits none of {', '.join(str(option) for option in options)}")
+
+    return reading
 
 
-def _decode_tuple(members: tuple[Any, ...], data: Json, where: str) -> tuple[Any, ...]:
-    if not isinstance(data, list | tuple):
-        raise ValueError(f"{where}: expected a list, got {data!r}")
-    if len(members) == 2 and members[1] is Ellipsis:
-        return tuple(_decode(members[0], item, f"{where}[{index}]") for index, item in enumerate(data))
-    if len(members) != len(data):
-        raise ValueError(f"{where}: expected {len(members)} items, got {len(data)}")
-    return tuple(_decode(member, item, where) for member, item in zip(members, data, strict=True))
+def _tuple_reader(members: tuple[Any, ...]) -> Reader:
+    endless = len(members) == 2 and members[1] is Ellipsis
+    readers = [_reader(member) for member in members[: 1 if endless else None]]
+
+    def reading(data: Json) -> Any:
+        if not isinstance(data, list | tuple):
+            raise _MisfitError(f"expected a list, got {data!r}")
+        if not endless and len(readers) != len(data):
+            raise _MisfitError(f"expected {len(readers)} items, got {len(data)}")
+        found = []
+        for index, (read, item) in enumerate(zip(itertools.cycle(readers), data)):
+            try:
+                found.append(read(item))
+            except _MisfitError as misfit:
+                misfit.where.append(f"[{index}]")
+                raise
+        return tuple(found)
+
+    return reading
 
 
-def _decode_dataclass(kind: Any, data: Json, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: expected an object, got {data!r}")
-    values = {
-        name: _decode(hint, data[name.rstrip("_")], f"{where}.{name.rstrip('_')}")
-        for name, hint, _ in _field_types(kind)
-        if name.rstrip("_") in data
-    }
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
+def _dataclass_reader(kind: type) -> Reader:
+    fields = [(name, name.rstrip("_"), _reader(hint)) for name, hint, _ in _field_types(kind)]
+
+    def reading(data: Json) -> Any:
+        if not isinstance(data, Mapping):
+            raise _MisfitError(f"expected an object, got {data!r}")
+        values = {}
+        for name, key, read in fields:
+            if key in data:
+                try:
+                    values[name] = read(data[key])
+                except _MisfitError as misfit:
+                    misfit.where.append(f".{key}")
+                    raise
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise _MisfitError(str(error)) from error
+
+    return reading

@@ -11,6 +11,7 @@
     │   └── RefusedError          it wants another token
     ├── DatabaseError         a database that cannot be used
     │   └── SchemaVersionError    older or newer than this code expects
+    ├── AgreementError        another rank of the process group failed, or does something else
     ├── TuningError           a search that cannot start or has no valid candidate
     ├── NotFoundError         a job, snapshot, channel or token that does not exist
     ├── ConflictError         something changed since it was read, or its state does not allow this
@@ -62,6 +63,10 @@ class DatabaseError(TilewiseError):
 
 class SchemaVersionError(DatabaseError):
     """The database schema is older or newer than this code expects."""
+
+
+class AgreementError(TilewiseError):
+    """Another rank of the process group failed in a collective call, or was given something else."""
 
 
 class TuningError(TilewiseError):

@@ -7,9 +7,10 @@ from .answer import Match
 from .problem import Problem
 
 # Share of the time that a problem without an answer is taken to lose, where its device has no measured answers to
-# tell; and that an answer of older software is.
+# tell; that an answer of older software is; and that one of a near problem or another device is.
 UNKNOWN_LOSS = 0.1
 STALE_LOSS = 0.02
+NEAR_LOSS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,9 @@ from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import DeviceError
 from tilewise.domain.software import Software
 
-_VECTOR_FLAGS = (("avx512f", "avx512"), ("avx2", "avx2"), ("avx", "avx"), ("sve", "sve"), ("asimd", "neon"))
+_VECTOR_FLAGS = (("sve", "sve"), ("asimd", "neon"))
+# What torch compiled its own code for and chose here, which ATEN_CPU_CAPABILITY lowers; its least is x86-64's baseline.
+_X86_VECTORS = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
 def select(name: str = "auto") -> torch.device:
@@ -126,16 +128,22 @@ def _handle(nvml: Any, index: int) -> Any:
 @functools.lru_cache(maxsize=64)
 def _cpu(threads: int) -> Device:
     info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
-    isa = next((name for flag, name in _VECTOR_FLAGS if flag in flags), "scalar")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device(
         kind=DeviceKind.CPU,
         name=info.get("model name") or platform.processor() or platform.machine(),
-        arch=f"{platform.machine()}.{isa}",
+        arch=f"{platform.machine()}.{_vectors(info)}",
         units=threads,
         memory_gib=math.ceil(memory / 2**30),
     )
+
+
+def _vectors(info: dict[str, str]) -> str:
+    """Return the widest vector instructions that torch's own code uses on this CPU."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return _X86_VECTORS.get(torch.backends.cpu.get_cpu_capability(), "sse2")
+    flags = (info.get("Features") or "").split()
+    return next((name for flag, name in _VECTOR_FLAGS if flag in flags), "scalar")
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -23,7 +23,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.kernels import device as devices
 
-from .agreement import Group, from_first, group_of
+from .agreement import Group, from_first, group_of, together
 
 _lock = threading.RLock()
 _settings: Settings | None = None
@@ -57,7 +57,8 @@ def ready(timeout: float | None = None, group: Group = None, *, device: torch.de
     Where torch.distributed runs, this is collective over `group` (by default all ranks): the first rank fetches, the
     others seal what it sends them, so that every rank uses the same answers. Where the source fails, one warning is
     logged and the run goes on with the last good answers or the default. Raises SnapshotError, then on every rank, only
-    where a pinned snapshot cannot be had.
+    where a pinned snapshot cannot be had; and where one rank cannot take part, its own error there and AgreementError
+    on the others.
     """
     return _sealed(lambda client: client.ready(timeout), group, device)
 
@@ -72,14 +73,13 @@ def refresh(timeout: float | None = None, group: Group = None, *, device: torch.
 
 
 def _sealed(fetch: Callable[[Client], SealedTable], group: Group, device: torch.device | str) -> SealedTable:
-    client, ranks = client_for(device), group_of(group)
+    ranks = group_of(group)
     with _lock:
         if ranks is None:
-            table = fetch(client)
+            table = fetch(client_for(device))
         else:
-            sent, error = from_first(ranks, lambda: fetch(client).snapshot.dumps(), (SnapshotError,))
-            if error is not None:
-                raise SnapshotError(error)
+            client = together(ranks, lambda: client_for(device))
+            sent = from_first(ranks, lambda: fetch(client).snapshot.dumps(), SnapshotError)
             table = client.seal(Snapshot.loads(sent, name="what the first rank sent"), origin="the first rank")
             if dist.get_rank(ranks):  # the first one's does already; each rank tells what it used itself
                 client.follow(failed=False)

@@ -8,13 +8,14 @@ import torch
 
 from tilewise.domain.answer import Match
 from tilewise.domain.config import Candidate
+from tilewise.domain.errors import AgreementError
 from tilewise.domain.problem import Pass, Problem
 from tilewise.kernels import device as devices
 from tilewise.kernels.inputs import random_call
 from tilewise.kernels.run import run
 
 from . import session
-from .agreement import Group, any_rank, group_of
+from .agreement import Group, any_rank, group_of, same_everywhere, together
 from .resolve import Resolved, demote, resolve
 
 log = logging.getLogger("tilewise")
@@ -41,12 +42,21 @@ def warmup(
 
     Where torch.distributed runs, this is collective over `group`, with the same problems in the same order on every
     rank: what fails on one rank is demoted to torch's own choice on all. Needs the memory of one call at a time; what
-    does not fit is not tried, and keeps its plan. Never raises for what a plan does.
+    does not fit is not tried, and keeps its plan. Never raises for what a plan does; where a rank has other problems
+    AgreementError on all.
     """
-    where = devices.select(device) if isinstance(device, str) else device
+    ranks, problems = group_of(group), tuple(problems)
+    if ranks is None:
+        where = _selected(device)
+    else:
+        where = together(ranks, lambda: _selected(device))
+        if not same_everywhere(ranks, "\n".join(problem.key for problem in problems).encode()):
+            raise AgreementError(
+                f"warmup: expected the same problems in the same order on every rank, this one has {len(problems)} and "
+                "another one others; give all ranks the same"
+            )
     tried = [_try(problem, where) for problem in problems]
     failed = [error is not None for _, error in tried]
-    ranks = group_of(group)
     if ranks is not None:
         failed = any_rank(ranks, failed)
     found = []
@@ -60,6 +70,10 @@ def warmup(
     if any(failed):
         session._changed()
     return tuple(found)
+
+
+def _selected(device: torch.device | str) -> torch.device:
+    return devices.select(device) if isinstance(device, str) else device
 
 
 def _try(problem: Problem, device: torch.device) -> tuple[Resolved, Exception | None]:

@@ -316,6 +316,7 @@ class _Tuning:
                 result,
                 standing=standing,
                 searched=searched,
+                previous=previous,
             )
             assert answer.evidence is not None
             version = previous.version if previous else 0

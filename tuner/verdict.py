@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tilewise.domain.answer import Answer, Evidence, Finalist, Match
 from tilewise.domain.config import Candidate, Plan
-from tilewise.domain.matching import default_candidate
+from tilewise.domain.matching import default_candidate, differences
 from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 from tilewise.domain.trial import now
@@ -31,11 +31,13 @@ def decide(
     *,
     standing: Candidate | None,
     searched: Searched,
+    previous: Answer | None = None,
 ) -> Answer:
     """Return the answer that a final gives; `candidates[0]` is the reference of all ratios.
 
     That is torch's own choice, or what stands in for it where it is wrong. The incumbent (the standing answer, else
-    the reference) stays unless the fastest beats it by more than the final's noise.
+    the reference) stays unless the fastest beats it by more than the final's noise. `previous` is the answer that this
+    one follows: what it lost by now is kept where it is of other software.
     """
     ratios = {c: m.ratio or 1.0 for c, m in zip(candidates, final.measurements, strict=True)}
     measured = dict(zip(candidates, final.measurements, strict=True))
@@ -59,6 +61,7 @@ def decide(
         regret=0.0,
         runner_up=next((candidate for candidate in ranked if candidate != winner), None),
         baseline_ms=measured[baseline].median_ms,
+        stale_loss=None if previous is None else _stale_loss(previous, software, ratios, winner),
         evidence=Evidence(
             job=searched.job,
             measured=now(),
@@ -72,6 +75,16 @@ def decide(
             + ("; another process used the device meanwhile" if won.power_state == "shared" else ""),
         ),
     )
+
+
+def _stale_loss(
+    previous: Answer, software: Software, ratios: dict[Candidate, float], winner: Candidate
+) -> float | None:
+    """Return the share of time that `previous` loses under `software`, or what was seen of the one before it."""
+    if not differences(previous, software):
+        return previous.stale_loss
+    stood = ratios.get(previous.plan.forward)
+    return None if stood is None else max(0.0, stood / ratios[winner] - 1)
 
 
 def _title(problem: Problem, incumbent: Candidate, standing: Candidate | None) -> str:

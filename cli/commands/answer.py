@@ -30,8 +30,11 @@ def answer(
     out.print(
         f"run        {found.plan}\nmatch      {found.match}{', ' + found.missed if found.missed else ''}", markup=False
     )
-    if found.measured is not None and found.measured != found.problem:
-        out.print(f"measured   {found.measured.key}", markup=False)
+    if found.measured is not None and (found.measured != found.problem or found.measured_on):
+        where = f" on {found.measured_on}" if found.measured_on else ""
+        out.print(f"measured   {found.measured.key}{where}", markup=False)
+    if found.regret:
+        out.print(f"regret     at most {found.regret:.0%} of the best plan's time, 9 times in 10", markup=False)
     evidence = found.evidence
     if evidence is None:
         out.print(f"next       tilewise tune --problem {found.problem.key}", markup=False)
@@ -50,7 +53,7 @@ def answer(
 
 def _find(problem: "Problem", device: str, source: str | None, db: str | None) -> "Answer":
     from tilewise.domain.device import check_device_key
-    from tilewise.domain.matching import match
+    from tilewise.domain.matching import by_device, match, predictors
     from tilewise.domain.software import Software
 
     software: Software | None = None
@@ -70,11 +73,11 @@ def _find(problem: "Problem", device: str, source: str | None, db: str | None) -
 
         settings = Settings.from_environment(source=source)
         snapshot = open_source(source, token=settings.token).fetch(device_key, timeout=settings.timeout)
-        kept = {item.problem.key: item for item in snapshot.answers if item.device_key == device_key}
     else:
         from tilewise.db.answers import AnswerRepository
         from tilewise.db.session import Database
 
         with Database.open(database_url(db), upgrade=False) as database, database.read() as session:
-            kept = AnswerRepository(session).of_device(device_key)
-    return match(problem, device_key, software, kept)
+            snapshot = AnswerRepository(session).snapshot(device_key)
+    kept = by_device(snapshot.answers)
+    return match(problem, device_key, software, kept.get(device_key, {}), predictors(device_key, kept))

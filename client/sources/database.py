@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from tilewise.domain.errors import DatabaseError, SourceError
+from tilewise.domain.errors import DatabaseError, NotFoundError, SourceError
 from tilewise.domain.snapshot import Snapshot, is_snapshot_id
 from tilewise.domain.usage import Usage
 
@@ -44,9 +44,10 @@ class DatabaseSource:
             target = pin if is_snapshot_id(pin) else ChannelRepository(session).get(pin)
             if target is None:
                 raise SourceError(f"{self.name} has no channel {pin!r}; `tilewise snapshot list` shows those it has")
-            if SnapshotRepository(session).get(target) is not None:
+            try:
                 return SnapshotRepository(session).load(target)
-            return AnswerRepository(session).snapshot(device_key)  # the caller compares its id
+            except NotFoundError:
+                return AnswerRepository(session).snapshot(device_key)  # the caller compares its id
 
     def report(self, usage: Usage, *, timeout: float) -> None:  # noqa: ARG002 - off every calling thread
         with self._opened() as database, database.write() as session:

@@ -171,10 +171,16 @@ class TestRefusals:
             raise RuntimeError("secret")
 
         monkeypatch.setattr("tilewise.api.answer_book.match", fail)
-        reply = TestClient(create_app(sqlite), raise_server_exceptions=False).get(ONE)
+        asker = TestClient(create_app(sqlite), raise_server_exceptions=False)
+        reply = asker.get(ONE)
         assert (reply.status_code, reply.json()["type"]) == (500, "urn:tilewise:error:internal-error")
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert "secret" not in reply.text
+        assert reply.headers["x-request-id"]
+        counted = [
+            line for line in asker.get("/metrics").text.splitlines() if line.startswith("tilewise_requests_total")
+        ]
+        assert any('status="500"' in line and line.endswith(" 1.0") for line in counted)
 
 
 class TestDescription:
@@ -183,9 +189,10 @@ class TestDescription:
         strict = schemas.Answer.model_validate(whole, strict=False)
         assert json.loads(strict.model_dump_json()) == whole
 
-    def test_the_example_is_an_answer(self) -> None:
-        example = schemas.Answer.model_json_schema()["example"]
-        assert codec.to_json(codec.from_json(Answer, example)) == example
+    def test_the_examples_are_answers(self) -> None:
+        examples = schemas.Answer.model_json_schema()["examples"]
+        assert [codec.to_json(codec.from_json(Answer, example)) for example in examples] == examples
+        assert [example["match"] for example in examples] == ["exact", "predicted"]
 
     def test_the_document_lists_the_routes_and_their_errors(self, client: TestClient) -> None:
         paths = client.get("/openapi.json").json()["paths"]

@@ -11,7 +11,7 @@ import pytest
 from tests.domain.examples import DEVICE, PROBLEM, answer
 from tests.postgres import Server, any_postgres, running_postgres
 
-from tilewise.bench import faults
+from tilewise.bench import client_faults, faults
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.jobs import JobRepository
 from tilewise.db.session import Database
@@ -33,6 +33,20 @@ def test_a_killed_service_loses_no_acknowledged_write_and_no_step(tmp_path: Path
     assert report.steps > 100
     assert report.longest_refresh_ms < faults.REFRESH_LIMIT * 1e3 + 400
     assert report.longest_step_ms < 400  # a lookup asks nobody: what is left is the scheduler of a busy machine
+
+
+@pytest.mark.parametrize("fault", ["hangs", "wrong hash", "clock jumps"])
+def test_a_loop_whose_service_breaks_goes_on_and_recovers(
+    fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """bench/client_faults.py lets every kind of fault last longer."""
+    report = client_faults.under(fault, tmp_path, seconds=1.0)
+    assert (report.raised, report.recovered) == ((), True)
+    assert report.steps > 100
+    assert report.longest_step_ms < 400
+    assert report.longest_refresh_ms < faults.REFRESH_LIMIT * 1e3 + 400
+    kept = [record for record in caplog.records if "This run keeps its answers" in record.getMessage()]
+    assert bool(kept) == (fault != "clock jumps")
 
 
 @pytest.fixture

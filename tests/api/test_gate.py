@@ -159,7 +159,7 @@ class TestEveryResponse:
         with sqlite.write() as session:
             AnswerRepository(session).replace(answer(), expected_version=0, reason="test")
         first, second = (client.get(ONE) for _ in range(2))
-        assert client.app.state.answer_book.replies  # type: ignore[attr-defined]
+        assert client.app.state.answer_book._state.replies  # type: ignore[attr-defined]
         assert first.content == second.content
         drop = {"x-request-id", "vary", "content-encoding", "content-length"}
         kept = [{name: value for name, value in reply.headers.items() if name not in drop} for reply in (first, second)]

@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tilewise.db import signature
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.jobs import JobRepository
 from tilewise.db.session import Database
+from tilewise.db.snapshots import SnapshotRepository
 from tilewise.db.tokens import AuditRepository
 from tilewise.db.trials import TrialRepository
 from tilewise.domain.job import JobState
@@ -30,6 +32,11 @@ JOB = {"problem": PROBLEM.key, "device": DEVICE, "budget": "quick"}
 def put(database: Database, problem: Problem = PROBLEM, expected_version: int = 0) -> None:
     with database.write() as session:
         AnswerRepository(session).replace(answer(problem), expected_version=expected_version, reason="test")
+
+
+def kept(database: Database, snapshot_id: str) -> bool:
+    with database.read() as session:
+        return SnapshotRepository(session).file(snapshot_id) is not None
 
 
 def events(text: str) -> list[tuple[int, str, dict[str, Any]]]:
@@ -225,6 +232,23 @@ class TestSnapshots:
         put(sqlite)
         found = Snapshot.loads(client.get(f"/v1/answers/{DEVICE}").content)
         assert client.get(f"/v1/snapshots/{found.id}").content == found.dumps()
+
+    def test_what_a_job_was_sent_can_be_pinned_when_other_answers_stand(self, sqlite: Database) -> None:
+        put(sqlite)
+        with TestClient(create_app(sqlite)) as client:
+            sent = Snapshot.loads(client.get(f"/v1/answers/{DEVICE}").content)
+            put(sqlite, expected_version=1)
+            assert Snapshot.loads(client.get(f"/v1/answers/{DEVICE}").content).id != sent.id
+            # at once from memory, soon after from the database
+            assert client.get(f"/v1/snapshots/{sent.id}").content == sent.dumps()
+            end = time.monotonic() + 5
+            while not kept(sqlite, sent.id):
+                assert time.monotonic() < end, "what was sent was not kept"
+                time.sleep(0.02)
+            usage = {"device": DEVICE, "snapshot": sent.id, "uses": []}
+            assert client.post("/v1/usage", json=usage).status_code == 204
+        with TestClient(create_app(sqlite)) as client:  # another process, which never sent it
+            assert client.get(f"/v1/snapshots/{sent.id}").content == sent.dumps()
 
     @pytest.mark.parametrize("encoding", ["gzip", "identity"])
     def test_a_service_with_a_key_signs(self, sqlite: Database, encoding: str) -> None:

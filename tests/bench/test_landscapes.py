@@ -87,6 +87,8 @@ def test_a_recorded_landscape_holds_the_whole_space_and_comes_back(tmp_path: Pat
     assert all(point.again and point.samples >= 15 and point.seconds > 0 for point in found.points)
     assert next(point.ratio for point in found.points if point.config == found.header.default) == 1.0
     assert found.best <= 1.0
+    assert found.header.torch_ratio is not None
+    assert 0.01 < found.header.torch_ratio < 100
     assert told[-1] == (6, 6)
     path = save(found, tmp_path / "landscapes")
     assert path.name.startswith(f"cpu_tiled.{PROBLEM.key}.")

@@ -309,12 +309,12 @@ class TestAnswers:
             put(database, new, expected_version=version)
             with database.read() as session:
                 answers = AnswerRepository(session)
-                followed += [(found.problem_key, found.answer.version) for found in answers.changed_since(seen)]
+                followed += [(found.problem_key, found.bare.version) for found in answers.changed_since(seen)]
                 seen = answers.newest()
         assert followed == [(PROBLEM.key, 1), (PROBLEM.key, 2), (OTHER.key, 1)]
         with database.read() as session:
             stand = AnswerRepository(session).changed_since(0)
-        assert sorted((found.problem_key, found.answer.version) for found in stand) == [
+        assert sorted((found.problem_key, found.bare.version) for found in stand) == [
             (PROBLEM.key, 2),
             (OTHER.key, 1),
         ]

@@ -1,6 +1,7 @@
 """Jobs with leases, snapshots and channels, demand, tokens, the audit trail and lists by page, on every database."""
 
 import dataclasses
+import gzip
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -25,7 +26,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.token import Scope
 from tilewise.domain.trial import Outcome, Stage, Trial, now
-from tilewise.domain.usage import STALE_LOSS, Usage, Use
+from tilewise.domain.usage import NEAR_LOSS, STALE_LOSS, UNKNOWN_LOSS, Usage, Use
 
 OTHER = Problem(batch=2, heads=64, kv_heads=8, q_len=4096, head_dim=128, causal=True)
 
@@ -140,6 +141,37 @@ class TestSnapshots:
             with pytest.raises(NotFoundError, match="no snapshot ffff"):
                 snapshots.load("f" * 64)
 
+    def test_what_was_sent_is_kept_while_it_is_used(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tilewise.db.snapshots.MAX_SENT", 3)
+        sent = [Snapshot.of([answer(dataclasses.replace(OTHER, batch=batch))]) for batch in range(1, 6)]
+
+        def keep(snapshot: Snapshot) -> None:
+            with database.write() as session:
+                SnapshotRepository(session).keep_sent(snapshot.id, gzip.compress(snapshot.dumps()))
+
+        def kept() -> list[int]:
+            with database.read() as session:
+                return [n for n, each in enumerate(sent) if SnapshotRepository(session).file(each.id) is not None]
+
+        for each in sent[:3]:
+            keep(each)
+        with database.write() as session:
+            SnapshotRepository(session).note_use(sent[0].id)  # a job says that it runs with it
+            SnapshotRepository(session).note_use("f" * 64)  # one that nobody knows
+        keep(sent[3])
+        assert kept() == [0, 2, 3]
+        keep(sent[2])  # sent again, to whoever asked
+        keep(sent[4])
+        assert kept() == [2, 3, 4]
+        with database.read() as session:
+            assert SnapshotRepository(session).load(sent[2].id).dumps() == sent[2].dumps()
+            assert SnapshotRepository(session).page().items == ()  # nobody froze it
+        with database.write() as session:
+            ChannelRepository(session).move("stable", sent[2].id, reason="it ran well", actor="me")
+        with database.read() as session:
+            (frozen,) = SnapshotRepository(session).page().items
+        assert (frozen.id, frozen.answers) == (sent[2].id, 1)
+
     def test_a_channel_moves_back_and_tells_its_history(self, database: Database) -> None:
         first, second = Snapshot.of([answer()]), Snapshot.of([answer(OTHER)])
         with database.write() as session:
@@ -205,6 +237,24 @@ class TestDemand:
         with database.read() as session:
             (found,) = DemandRepository(session).list(device_key=DEVICE)
         assert (found.loss, found.standing) == (STALE_LOSS, True)
+
+    def test_a_device_that_was_never_measured_is_estimated_by_one_like_it(self, database: Database) -> None:
+        with database.write() as session:
+            AnswerRepository(session).replace(answer(), expected_version=0, reason="test")
+        never, unlike = DEVICE.replace("avx512", "avx2"), "nvidia-h200.sm90.141g.700w"
+        for device_key in (never, unlike):
+            for match in (Match.PREDICTED, Match.DEFAULT):
+                with database.write() as session:
+                    use = Use(problem=PROBLEM, match=match, calls=100)
+                    DemandRepository(session).add(Usage(device_key=device_key, snapshot=None, uses=(use,)))
+        with database.read() as session:
+            (like,) = DemandRepository(session).list(device_key=never)
+            (other,) = DemandRepository(session).list(device_key=unlike)
+            (proposed,) = DemandRepository(session).proposals()
+        assert like.expected_ms == pytest.approx(10)
+        assert like.loss == pytest.approx((UNKNOWN_LOSS + NEAR_LOSS) / 2)
+        assert (other.expected_ms, other.lost_ms) == (None, 0)
+        assert proposed == like
 
     def test_problems_count_by_their_bucket(self, database: Database) -> None:
         for length in (3000, 3070, 3072):

@@ -1,26 +1,22 @@
 """Near answers: served only where even their worst case beats torch's own choice, with bounds that hold."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewise.bench import near as bench
-from tilewise.domain import codec, near
+from tilewise.domain import transfer
 from tilewise.domain.answer import Answer, Match
-from tilewise.domain.config import Plan
+from tilewise.domain.config import Candidate, Config, Plan
 from tilewise.domain.matching import KeptAnswers, match
-from tilewise.domain.near import MAX_DISTANCE, Line, NearIndex, NearModel, distance, group
-from tilewise.domain.problem import Problem
+from tilewise.domain.near import MAX_DISTANCE, NearIndex, distance, group
+from tilewise.domain.problem import Pass, Problem
+from tilewise.domain.transfer import Bound, CostModel, Models
 
-from .examples import DEVICE, PROBLEM, SDPA, SOFTWARE, answer
+from .examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 
-SHIPPED = dict(near.MODELS)
-REPORT = Path(__file__).resolve().parents[2] / "bench" / "results" / "near_cpu.json"
 # its plan takes a third of torch's time
 KEPT = {PROBLEM.key: answer()}
 
@@ -32,8 +28,9 @@ def asked(problem: Problem, kept: dict[str, Answer] | None = None) -> Answer:
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a doubling of the ratio and a tenth of the time for each doubling of the problem."""
-    made = NearModel(regret=Line(0.05, 0.1), drift=Line(0.0, math.log(2) / 2))
-    monkeypatch.setattr("tilewise.domain.matching.MODELS", {"cpu_tiled": made})
+    made = CostModel(regret=Bound(base=0.05, problem=0.1), drift=Bound(base=0.0, problem=math.log(2) / 2))
+    models = {"cpu_tiled.cpu_tiled.inference": Models(near=made)}
+    monkeypatch.setattr(transfer, "shipped", lambda: models)
 
 
 def test_a_neighbour_whose_worst_case_wins_is_served_with_its_bounds() -> None:
@@ -93,6 +90,17 @@ def test_a_backend_without_a_model_and_one_that_does_not_win_are_not_served() ->
     assert asked(twice, {PROBLEM.key: replace(answer(), interval=None)}).match is Match.DEFAULT
 
 
+def test_a_model_is_of_one_kernel_and_pass() -> None:
+    assert transfer.subject(answer().plan, Pass.INFERENCE) == "cpu_tiled.cpu_tiled.inference"
+    training = replace(PROBLEM, pass_=Pass.TRAINING)
+    assert asked(replace(training, batch=2), {training.key: answer(training)}).match is Match.DEFAULT
+    assert transfer.subject(Plan(SDPA), Pass.INFERENCE) is None
+    # of several roles the landscapes vary one at a time: what all cost together was not seen
+    roles = TILED.with_config("dq", Config.of("triton_dq", block_m=64))
+    assert transfer.subject(roles, Pass.TRAINING) is None
+    assert transfer.subject(Plan(TILED, Candidate("sdpa")), Pass.TRAINING) is None
+
+
 sizes = st.builds(
     Problem,
     batch=st.integers(1, 64),
@@ -117,23 +125,3 @@ def test_the_index_finds_what_a_walk_finds(kept: list[Problem], problem: Problem
     walked = {one for one in kept if group(one) == group(problem) and distance(problem, one) <= MAX_DISTANCE}
     assert {one for _, one in found} == walked
     assert [far for far, _ in found] == sorted(far for far, _ in found)
-
-
-class TestMeasured:
-    """The model that ships is that of the committed landscapes, and covers what it had not seen."""
-
-    @pytest.fixture
-    def report(self) -> bench.Report:
-        return codec.from_json(bench.Report, json.loads(REPORT.read_text()))
-
-    def test_the_fit_can_be_made_again_from_the_landscapes(self, report: bench.Report) -> None:
-        found = bench.pairs(report.landscapes)
-        assert len(found) == report.pairs > 100
-        assert bench.fit(found) == report.model
-        assert {report.backend: report.model} == SHIPPED
-
-    def test_the_stated_regret_holds_9_times_in_10_on_problems_the_fit_had_not_seen(self, report: bench.Report) -> None:
-        regret, drift = bench.coverage(bench.pairs(report.landscapes))
-        assert (regret, drift) == pytest.approx((report.regret_coverage, report.drift_coverage))
-        assert regret >= 0.9
-        assert drift >= 0.9

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,21 +69,39 @@ def test_a_cpu_has_the_threads_that_torch_computes_with_now() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "isa"),
+    ("machine", "torchs", "features", "isa"),
     [
-        ("fpu avx avx2 avx512f", "avx512"),
-        ("fpu avx avx2", "avx2"),
-        ("fpu avx", "avx"),
-        ("fp asimd", "neon"),
-        ("fp asimd sve", "sve"),
-        ("fpu", "scalar"),
+        ("x86_64", "AVX512", "", "avx512"),
+        ("x86_64", "AVX2", "", "avx2"),
+        ("x86_64", "DEFAULT", "", "sse2"),
+        ("aarch64", "DEFAULT", "fp asimd", "neon"),
+        ("aarch64", "SVE256", "fp asimd sve", "sve"),
+        ("riscv64", "DEFAULT", "", "scalar"),
     ],
 )
-def test_the_widest_vectors(flags: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_cpuinfo", lambda: {"flags": flags, "model name": "Some CPU @ 3.2 GHz"})
+def test_the_widest_vectors(
+    machine: str, torchs: str, features: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: {"Features": features, "model name": "Some CPU @ 3.2 GHz"})
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torchs)
     described = devices._cpu.__wrapped__(2)
     assert described.arch.rpartition(".")[2] == isa
     assert described.key == f"some-cpu-3-2-ghz.{isa}.2t"
+
+
+def test_lowered_vectors_are_another_device() -> None:
+    """Measurements of code that torch does not run here by itself must not pass for this machine's."""
+    program = """
+import torch
+from tilewise.kernels.device import describe
+print(describe(torch.device("cpu")).arch)
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    # other machines have one set of vectors in torch
+    expected = "x86_64.sse2" if os.uname().machine == "x86_64" else devices.describe(torch.device("cpu")).arch
+    assert done.stdout.strip() == expected
 
 
 def test_a_device_of_another_kind() -> None:

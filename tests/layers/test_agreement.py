@@ -1,4 +1,4 @@
-"""Ranks agree: 4 processes with gloo, each with answers of its own on disk."""
+"""Ranks agree: processes with gloo or NCCL, each with answers of its own on disk."""
 
 import json
 import os
@@ -7,62 +7,34 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import tilewise
 from tilewise.client.background import background
+from tilewise.domain import transfer
 from tilewise.domain.answer import Answer, Match
 from tilewise.domain.config import Candidate, Config, Plan
+from tilewise.domain.device import Device
+from tilewise.domain.device_gap import DeviceGap
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.space import SearchSpace
+from tilewise.domain.transfer import Bound, CostModel, Models
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import BACKENDS
+from tilewise.layers import agreement
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 PROBLEM = Problem(dtype=Dtype.FP32, batch=1, heads=2, q_len=64, head_dim=16, causal=True)
 TRAINING = replace(PROBLEM, pass_=Pass.TRAINING)
 PLAIN, SDPA = Candidate("plain"), Candidate("sdpa")
-
-RANK = """
-import json, logging, os, sys
-import torch
-import torch.distributed as dist
-
-torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=4)
-logging.basicConfig(level=logging.WARNING)
-import tilewise
-from tests.layers.test_agreement import PROBLEM
-from tilewise.kernels.backends import BACKENDS
-
-said = {}
-tilewise.configure(source=f"{sys.argv[1]}/source{rank}.json")
-said["ready"] = tilewise.ready().snapshot_id
-said["answer"] = str(tilewise.answer(PROBLEM, "cpu").plan)
-if rank == 0:
-    os.replace(f"{sys.argv[1]}/next.json", f"{sys.argv[1]}/source0.json")
-said["refresh"] = tilewise.refresh().snapshot_id
-if rank == 2:
-    def broken(call, config):
-        raise RuntimeError("no such instruction here")
-    BACKENDS["plain"].forward = broken
-warmed = tilewise.warmup([PROBLEM])
-said["warmup"] = [str(warmed[0].candidate), warmed[0].demoted]
-tilewise.configure(source=f"{sys.argv[1]}/source{rank}.json", snapshot="a" * 64)
-try:
-    tilewise.ready()
-except tilewise.TilewiseError as error:
-    said["pinned"] = type(error).__name__
-with open(f"{sys.argv[1]}/said{rank}.json", "w") as file:
-    json.dump(said, file)
-print("done", flush=True)
-sys.stdin.read()
-"""
 
 
 def known(problem: Problem, candidate: Candidate) -> Answer:
@@ -76,44 +48,49 @@ def known(problem: Problem, candidate: Candidate) -> Answer:
     )
 
 
-def test_4_ranks_with_different_answers_run_those_of_the_first(tmp_path: Path) -> None:
-    own = [known(PROBLEM, Candidate("plain")), None, known(PROBLEM, SDPA), known(replace(PROBLEM, batch=3), SDPA)]
-    for rank, answer in enumerate(own):
-        path = tmp_path / f"source{rank}.json"
-        path.write_bytes(b"damaged" if answer is None else Snapshot.of([answer]).dumps())
-    newer = Snapshot.of([known(PROBLEM, PLAIN), known(replace(PROBLEM, batch=5), SDPA)])
-    (tmp_path / "next.json").write_bytes(newer.dumps())
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path)],
-            env={**environment, "RANK": str(rank), "TILEWISE_HOME": str(tmp_path / f"home{rank}")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        for process in ranks:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "done\n", process.communicate()[1]
-    finally:
-        for process in ranks:  # all are there to the end: one that hangs up early can take its neighbours along
-            process.kill()
-            process.communicate()
-    said = [json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in range(4)]
-    first = own[0]
-    assert first is not None
-    assert [each["ready"] for each in said] == [Snapshot.of([first]).id] * 4
-    assert [each["answer"] for each in said] == ["plain"] * 4
-    assert [each["refresh"] for each in said] == [newer.id] * 4
-    assert [each["warmup"][0] for each in said] == ["sdpa"] * 4
-    assert [each["warmup"][1] for each in said] == [
-        *["it failed on another rank"] * 2, "no such instruction here", "it failed on another rank"
-    ]  # fmt: skip
-    assert [each["pinned"] for each in said] == ["SnapshotError"] * 4
+def ranks(number: int, report: Path) -> dict[str, Any]:
+    """Run bench/ranks.py on as many ranks and return its report."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    done = subprocess.run(
+        [*command, "-m", "tilewise.bench.ranks", "--output", str(report)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(report.read_text())
+    assert found["right"]
+    return found
+
+
+def test_4_ranks_with_different_answers_run_those_of_the_first_and_fail_alike(tmp_path: Path) -> None:
+    found = ranks(4, tmp_path / "report.json")
+    assert (found["ranks"], found["backend"]) == (4, "nccl" if torch.cuda.device_count() >= 4 else "gloo")
+    assert len(found["slowest_s"]) == 8
+    assert max(found["slowest_s"].values()) < 30  # nobody waited for who had left
+
+
+@pytest.mark.gpu
+def test_2_ranks_with_a_gpu_each_agree_through_nccl(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    assert ranks(2, tmp_path / "report.json")["backend"] == "nccl"
+
+
+def test_a_group_that_moves_tensors_of_gpus_alone_is_sent_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL's; one that has a backend for each kind is sent what lies on the CPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for config, bound, where in (
+        ("cuda:nccl", None, "cuda:3"),
+        ("cuda:nccl", torch.device("cuda:1"), "cuda:1"),
+        ("cpu:gloo,cuda:nccl", torch.device("cuda:1"), "cpu"),
+        ("cpu:gloo", None, "cpu"),
+        ("cpu:mpi", None, "cpu"),
+    ):
+        monkeypatch.setattr(dist, "get_backend_config", lambda _group, config=config: config)
+        group = SimpleNamespace(bound_device_id=bound)
+        assert agreement._device(group) == torch.device(where)  # type: ignore[arg-type]
 
 
 def test_a_refresh_between_forward_and_recomputation_changes_neither(
@@ -169,6 +146,38 @@ def test_warmup_of_an_invalid_config_launches_nothing(configured: Callable[..., 
     (found,) = tilewise.warmup([PROBLEM], device="cpu")
     assert found.candidate == SDPA
     assert [candidate.backend for candidate in ran] == ["sdpa"]
+
+
+def test_a_predicted_plan_runs_only_where_its_config_is_valid_here(
+    configured: Callable[..., Path], ran: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another device measured is not known to be possible here: it is held against the space of this one."""
+    sure = Bound(base=0.0, problem=0.0)
+    model = CostModel(regret=sure, drift=sure, reach=DeviceGap(size=9))
+    monkeypatch.setattr(transfer, "shipped", lambda: {"cpu_tiled.cpu_tiled.inference": Models(predicted=model)})
+    described = devices.describe(CPU)
+    other = replace(described, units=described.units * 2).key
+    long = replace(PROBLEM, q_len=256, kv_len=256)
+    good = devices_space(long, described).default
+    bad = Config.of("cpu_tiled", block_q=3, block_k=5, heads_per_chunk=7)
+    configured(
+        *(
+            replace(
+                known(problem, Candidate.of("cpu_tiled", forward=config)),
+                device_key=other, expected_ms=1.0, baseline_ms=2.0, interval=(0.9, 1.1),
+            )
+            for problem, config in ((long, good), (PROBLEM, bad))
+        )
+    )  # fmt: skip
+    assert [tilewise.answer(problem, "cpu").match for problem in (long, PROBLEM)] == [Match.PREDICTED] * 2
+    right, wrong = tilewise.warmup([long, PROBLEM], device="cpu")
+    assert (right.candidate, right.match) == (Candidate.of("cpu_tiled", forward=good), Match.PREDICTED)
+    assert wrong.candidate == SDPA
+    assert [candidate.backend for candidate in ran] == ["cpu_tiled", "sdpa"]
+
+
+def devices_space(problem: Problem, device: Device) -> SearchSpace:
+    return BACKENDS["cpu_tiled"].spaces(problem, device)["forward"]
 
 
 def test_calls_are_counted_by_answer(configured: Callable[..., Path]) -> None:

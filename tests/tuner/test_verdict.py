@@ -1,12 +1,16 @@
 """From a final to an answer: every way it can go."""
 
-from tilewise.domain.answer import Match
-from tilewise.domain.config import Candidate, Config
+import dataclasses
+
+import pytest
+
+from tilewise.domain.answer import Answer, Match
+from tilewise.domain.config import Candidate, Config, Plan
 from tilewise.domain.trial import Measurement
 from tilewise.tuner.timing import Final
 from tilewise.tuner.verdict import Searched, decide
 
-from ..domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED
+from ..domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 
 OTHER = Candidate.of("cpu_tiled", forward=Config.of("cpu_tiled", block_q=64, block_k=256, heads_per_chunk=1))
 SEARCHED = Searched(job="job-1", trials=7, failed=2, seconds=1.5)
@@ -104,3 +108,22 @@ def test_the_answer_says_what_it_rests_on() -> None:
     assert [finalist.candidate for finalist in evidence.finalists] == [TILED, OTHER, SDPA]
     assert (evidence.reference, evidence.noise, evidence.job) == (SDPA, 0.01, "job-1")
     assert (evidence.trials, evidence.failed, evidence.seconds) == (7, 2, 1.5)
+
+
+def test_what_a_stale_answer_lost_is_kept() -> None:
+    ratios = ((TILED, 0.5), (OTHER, 0.4))
+    final = Final(measurements=(measured(1.0), *(measured(ratio) for _, ratio in ratios)), noise=0.01)
+
+    def loss(previous: Answer | None, *, standing: Candidate | None = TILED) -> float | None:
+        candidates = (SDPA, TILED, OTHER)
+        return decide(
+            PROBLEM, DEVICE, SOFTWARE, candidates, final, standing=standing, searched=SEARCHED, previous=previous
+        ).stale_loss
+
+    old = answer(software=dataclasses.replace(SOFTWARE, torch="1.0"))
+    assert loss(old) == pytest.approx(0.25)
+    assert loss(dataclasses.replace(old, plan=Plan(OTHER)), standing=OTHER) == 0.0
+    gone = Candidate.of("cpu_tiled", forward=Config.of("cpu_tiled", block_q=1, block_k=1, heads_per_chunk=1))
+    assert loss(dataclasses.replace(old, plan=Plan(gone)), standing=None) is None  # it was not in the final
+    assert loss(dataclasses.replace(answer(), stale_loss=0.1)) == 0.1  # of the same software: what was seen before
+    assert loss(None) is None
