@@ -16,7 +16,8 @@ from tilewise.domain.trial import now
 FOLLOW_SECONDS = 1.0
 _log = logging.getLogger("tilewise.api")
 # What is no secret: whether the process lives, and what a browser needs to show that a token is wanted.
-_OPEN = ("/healthz", "/readyz", "/static/")
+_OPEN = ("/healthz", "/readyz", "/static/", "/sign-in", "/sign-out")
+_ADMINS = ("/v1/audit", "/v1/tokens", "/tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def needed(method: str, path: str) -> Scope | None:
     """Return the scope that a request needs, None for what is open; whatever is not listed here needs `admin`."""
     if path.startswith(_OPEN):
         return None
-    if path.startswith("/v1/audit"):
+    if path.startswith(_ADMINS):
         return Scope.ADMIN
     if method in ("GET", "HEAD") or (method == "POST" and path == "/v1/answers"):
         return Scope.READ

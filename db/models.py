@@ -276,6 +276,19 @@ class DemandRow(Base):
     last: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class PinRow(Base):
+    """Which snapshot ran on which device, and which token reported it. The snapshot may be one that is not kept here."""
+
+    __tablename__ = "pins"
+
+    snapshot_id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    device_key: Mapped[str] = mapped_column(ForeignKey(DeviceRow.key), primary_key=True)
+    reporter: Mapped[str] = mapped_column(Key, primary_key=True)
+    reports: Mapped[int] = mapped_column(BigInteger)
+    first: Mapped[datetime] = mapped_column(UtcDateTime)
+    last: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class TokenRow(Base):
     """A bearer token without its secret, of which only the SHA-256 is kept."""
 
