@@ -2,23 +2,22 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.staticfiles import StaticFiles
 
 import tilewise
 from tilewise.db.session import Database
 from tilewise.db.signature import Signer
 
-from . import answers, dashboard, errors, health, jobs, lists, snapshots, usage
+from . import answers, assets, errors, health, jobs, lists, snapshots, usage
 from .access import Callers
 from .answer_book import AnswerBook
 from .gate import Gate
 from .metrics import Metrics
+from .pages import overview, problems
 from .settings import ServiceSettings
 
 
@@ -34,7 +33,8 @@ class Service(FastAPI):
 def create_app(database: Database, settings: ServiceSettings | None = None) -> FastAPI:
     """Return the service over an open database, which stays the caller's to close.
 
-    It refuses to start (DatabaseError, SchemaVersionError) on a database that it could not serve from.
+    It refuses to start (DatabaseError, SchemaVersionError) on a database that it could not serve from, and
+    (SettingsError) without plotly's package.
     """
     app = Service(
         title="tilewise",
@@ -46,6 +46,7 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         redoc_url=None,
     )
     settings = settings or ServiceSettings()
+    assets.assets()
     app.state.database = database
     app.state.answer_book = AnswerBook(database)
     app.state.callers = Callers(database, required=settings.require_tokens)
@@ -60,9 +61,8 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         metrics=app.state.metrics,
         settings=settings,
     )
-    for module in (answers, jobs, snapshots, lists, usage, health, dashboard):
+    for module in (answers, jobs, snapshots, lists, usage, health, overview, problems, assets):
         app.include_router(module.router)
-    app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
     return app
 
 

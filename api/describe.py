@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from tilewise.db.answers import ListedAnswer
 from tilewise.domain.config import Candidate, Plan
@@ -10,6 +10,11 @@ from tilewise.domain.problem import Pass, Precision, Problem
 
 NOTHING = "\N{EN DASH}"
 FULL_BAR = 4.0  # a speed-up that fills its bar
+# Those that style.css has a colour for.
+BACKENDS = (
+    "triton", "triton_decode", "cpu_tiled", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "plain",
+    "flex", "flex_cpu", "flash", "flash_cute",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +44,13 @@ class Row:
     tflops: str
     trials: str
     failed: int
-    measured: str
-    measured_iso: str
-    version: int
+    measured: datetime
 
 
 def row(listed: ListedAnswer) -> Row:
     """Return what the table shows of an answer."""
     answer, evidence = listed.answer, listed.answer.evidence
     speedup = answer.speedup
-    measured = evidence.measured if evidence else listed.updated
     return Row(
         title=title(answer.problem),
         sizes=sizes(answer.problem),
@@ -58,15 +60,13 @@ def row(listed: ListedAnswer) -> Row:
         expected=figure(answer.expected_ms),
         interval="" if answer.interval is None else " to ".join(figure(side) for side in answer.interval),
         baseline=figure(answer.baseline_ms),
-        speedup=NOTHING if speedup is None else f"{speedup:.2f}\N{MULTIPLICATION SIGN}",
+        speedup=factor(speedup),
         faster=speedup is not None and speedup >= 1.005,
         bar=0 if speedup is None else round(100 * min(max(speedup, 0) / FULL_BAR, 1)),
         tflops=figure(_tflops(answer.problem, listed.forward_flops, answer.expected_ms)),
         trials=f"{evidence.trials:,}" if evidence else NOTHING,
         failed=evidence.failed if evidence else 0,
-        measured=_moment(measured),
-        measured_iso=measured.astimezone(UTC).isoformat(timespec="seconds"),
-        version=answer.version,
+        measured=evidence.measured if evidence else listed.updated,
     )
 
 
@@ -115,6 +115,22 @@ def figure(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def milliseconds(value: float | None) -> str:
+    """Return a time with its unit: `0.418 ms`; a dash for None."""
+    shown = figure(value)
+    return shown if shown == NOTHING else f"{shown} ms"
+
+
+def factor(value: float | None) -> str:
+    """Return how many times faster: `3.00x`; a dash for None."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def backend_class(backend: str) -> str:
+    """Return the name of a backend's colour, as a CSS class and, behind `--`, as a variable of style.css."""
+    return f"backend-{backend.replace('_', '-')}" if backend in BACKENDS else "backend-other"
+
+
 def _tflops(problem: Problem, forward_flops: float, expected_ms: float | None) -> float | None:
     # What a training step counts is a convention; only the forward's operations are beyond dispute. Those of varlen
     # depend on lengths that a problem does not have.
@@ -133,7 +149,3 @@ def _part(role: str, candidate: Candidate) -> Part:
     several = len(candidate.configs) > 1
     configs = tuple(f"{name}: {config}" if several else str(config) for name, config in candidate.configs)
     return Part(role=role, backend=candidate.backend, configs=configs)
-
-
-def _moment(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,113 @@
+"""Pages from templates: one environment, the words and figures that templates ask for, and `page`, which every route
+of the dashboard returns."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+from starlette.responses import HTMLResponse
+
+import tilewise
+from tilewise.domain.trial import now
+
+from .. import assets, describe
+
+# Every page that exists, in the order of the bar at the top.
+NAVIGATION = (("Problems", "/problems"),)
+_AGES = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"))
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What tells a page that it is out of date: `mark` is what the page shows, `url` says what there is by now.
+
+    `url` answers {"mark": "..."}; where that differs, a notice offers to load the page again.
+    """
+
+    url: str
+    mark: str
+
+
+def page(
+    template: str, *, path: str, status: int = 200, news: News | None = None, charts: bool = False, **values: object
+) -> HTMLResponse:
+    """Return a page.
+
+    - path: which entry of NAVIGATION it belongs to; empty for none.
+    - charts: whether it draws any, and so needs plotly's bundle.
+    - values: what its template is about.
+    """
+    html = _environment.get_template(template).render(path=path, news=news, charts=charts, **values)
+    return HTMLResponse(html, status_code=status, headers={"Cache-Control": "no-cache"})
+
+
+def moment(when: datetime) -> Markup:
+    """Return a time element in UTC; times.js turns it into local time, with UTC as its title."""
+    utc = when.astimezone(UTC)
+    return Markup('<time datetime="{}">{} UTC</time>').format(
+        utc.isoformat(timespec="seconds"), utc.strftime("%Y-%m-%d %H:%M")
+    )
+
+
+def age(when: datetime) -> Markup:
+    """Return how long ago something was, as a time element whose title is the moment itself."""
+    seconds = (now() - when).total_seconds()
+    text = "just now"
+    for length, name in _AGES:
+        if seconds >= length:
+            count = int(seconds // length)
+            text = f"{count} {name}{'' if count == 1 else 's'} ago"
+            break
+    utc = when.astimezone(UTC)
+    return Markup('<time datetime="{}" data-age title="{} UTC">{}</time>').format(
+        utc.isoformat(timespec="seconds"), utc.strftime("%Y-%m-%d %H:%M"), text
+    )
+
+
+def breakable(text: str) -> Markup:
+    """Return a key that may break after its dots, and nowhere else."""
+    return Markup(".<wbr>").join(text.split("."))
+
+
+def tokens(values: Iterable[tuple[str, object]]) -> Markup:
+    """Return parameters as a row of small labels: `block_m 128`, `num_warps 8`."""
+    label = Markup('<span class="token"><span>{}</span> <b>{}</b></span>')
+    return Markup(" ").join(label.format(name, escape(value)) for name, value in values)
+
+
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _make() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        moment=moment,
+        age=age,
+        breakable=breakable,
+        tokens=tokens,
+        figure=describe.figure,
+        ms=describe.milliseconds,
+        factor=describe.factor,
+        count=lambda number: f"{number:,}",
+        counted=_counted,
+        title_of=describe.title,
+        sizes_of=describe.sizes,
+        backend_class=describe.backend_class,
+    )
+    made.globals.update(
+        version=tilewise.__version__, navigation=NAVIGATION, asset=assets.asset_url, guarded=assets.guarded_styles
+    )
+    return made
+
+
+_environment = _make()
