@@ -12,12 +12,12 @@ import tilewise
 from tilewise.db.session import Database
 from tilewise.db.signature import Signer
 
-from . import answers, assets, errors, health, jobs, lists, snapshots, usage
+from . import answers, assets, errors, health, jobs, lists, snapshots, tokens, usage
 from .access import Callers
 from .answer_book import AnswerBook
 from .gate import Gate
 from .metrics import Metrics
-from .pages import overview, problems
+from .pages.routes import ROUTERS
 from .settings import ServiceSettings
 
 
@@ -61,8 +61,10 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         metrics=app.state.metrics,
         settings=settings,
     )
-    for module in (answers, jobs, snapshots, lists, usage, health, overview, problems, assets):
+    for module in (answers, jobs, snapshots, lists, usage, tokens, health, assets):
         app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     return app
 
 

@@ -14,9 +14,17 @@ import tilewise
 from tilewise.domain.trial import now
 
 from .. import assets, describe
+from ..access import current_caller
 
 # Every page that exists, in the order of the bar at the top.
-NAVIGATION = (("Problems", "/problems"),)
+NAVIGATION = (
+    ("Problems", "/problems"),
+    ("Jobs", "/jobs"),
+    ("Devices", "/devices"),
+    ("Snapshots", "/snapshots"),
+    ("Demand", "/demand"),
+    ("Tokens", "/tokens"),
+)
 _AGES = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"))
 
 
@@ -40,7 +48,8 @@ def page(
     - charts: whether it draws any, and so needs plotly's bundle.
     - values: what its template is about.
     """
-    html = _environment.get_template(template).render(path=path, news=news, charts=charts, **values)
+    caller = current_caller.get()
+    html = _environment.get_template(template).render(path=path, news=news, charts=charts, caller=caller, **values)
     return HTMLResponse(html, status_code=status, headers={"Cache-Control": "no-cache"})
 
 
@@ -82,6 +91,23 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def hours(milliseconds: float) -> str:
+    """Return a long time of a device in the unit that suits it: `3.4 h`, `12 min`, `8 s`."""
+    seconds = milliseconds / 1000
+    for length, unit in ((3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{describe.figure(seconds / length)} {unit}"
+    return f"{describe.figure(seconds)} s" if seconds else "0 s"
+
+
+def short(number: int) -> str:
+    """Return a large count in few characters: `1.2 M`."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
 def _make() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
@@ -100,6 +126,8 @@ def _make() -> jinja2.Environment:
         factor=describe.factor,
         count=lambda number: f"{number:,}",
         counted=_counted,
+        hours=hours,
+        short=short,
         title_of=describe.title,
         sizes_of=describe.sizes,
         backend_class=describe.backend_class,
