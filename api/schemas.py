@@ -112,6 +112,7 @@ class Measurement(BaseModel):
 class Finalist(BaseModel):
     candidate: Candidate
     measurement: Measurement
+    default: bool = Field(description="Whether it is the config that its backend has without any search.")
 
 
 class Evidence(BaseModel):

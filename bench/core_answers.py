@@ -10,6 +10,7 @@ from tilewise.domain.answer import Answer
 from tilewise.domain.config import Candidate
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.trial import Outcome
+from tilewise.kernels.backends import backend_named
 from tilewise.tuner.timing import Final
 from tilewise.tuner.verdict import Searched, decide
 
@@ -43,10 +44,17 @@ def answer_of(row: Row, *, standing: Candidate | None = None) -> Answer:
             seconds=row.seconds,
         ),
         measured=held(row),
+        defaults=[candidate for candidate in candidates if _is_default(candidate, row)],
     )
     assert answer.evidence is not None
     reason = f"{answer.evidence.reason}; a final of `tilewise bench core`"
     return replace(answer, version=1, evidence=replace(answer.evidence, reason=reason))
+
+
+def _is_default(candidate: Candidate, row: Row) -> bool:
+    if not candidate.configs:
+        return False
+    return candidate == backend_named(candidate.backend).default(row.problem, row.run.device)
 
 
 def held(row: Row) -> datetime:

@@ -1,5 +1,6 @@
 """From the interleaved final to the answer: who won, by how much more than noise, and why."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -33,12 +34,13 @@ def decide(
     standing: Candidate | None,
     searched: Searched,
     measured: datetime | None = None,
+    defaults: Collection[Candidate] = (),
 ) -> Answer:
     """Return the answer that a final gives, which was held at `measured` (None: now).
 
     `candidates[0]` is the reference of all ratios. Torch's own choice is among the candidates; where it is wrong, the
     reference stands in for it. The incumbent (the standing answer, else torch's own choice) stays unless the fastest
-    beats it by more than the final's noise.
+    beats it by more than the final's noise. `defaults` are the candidates that their backends would run unasked.
     """
     ratios = {c: m.ratio or 1.0 for c, m in zip(candidates, final.measurements, strict=True)}
     results = dict(zip(candidates, final.measurements, strict=True))
@@ -67,7 +69,10 @@ def decide(
             job=searched.job,
             measured=measured or now(),
             reference=candidates[0],
-            finalists=tuple(Finalist(candidate=candidate, measurement=results[candidate]) for candidate in ranked),
+            finalists=tuple(
+                Finalist(candidate=candidate, measurement=results[candidate], default=candidate in defaults)
+                for candidate in ranked
+            ),
             noise=final.noise,
             trials=searched.trials,
             failed=searched.failed,

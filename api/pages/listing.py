@@ -34,9 +34,9 @@ class Address:
         return self.to(dict.fromkeys(names))
 
     @property
-    def here(self) -> str:
-        """The link to this very page."""
-        return self.path + ("?" + urlencode(self.query) if self.query else "")
+    def query_string(self) -> str:
+        """What stands behind the path, its question mark included; nothing where all is as by default."""
+        return "?" + urlencode(self.query) if self.query else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,15 @@ class Column:
     first: str = "ascending"
     number: bool = False
     unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A filter: the parameter's name, what people call it, and its values with their labels."""
+
+    name: str
+    label: str
+    options: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)

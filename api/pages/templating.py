@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse
 
 import tilewise
 from tilewise.domain.trial import now
@@ -51,6 +51,11 @@ def page(
     caller = current_caller.get()
     html = _environment.get_template(template).render(path=path, news=news, charts=charts, caller=caller, **values)
     return HTMLResponse(html, status_code=status, headers={"Cache-Control": "no-cache"})
+
+
+def marked(mark: object) -> JSONResponse:
+    """Return what the `url` of a News answers."""
+    return JSONResponse({"mark": str(mark)}, headers={"Cache-Control": "no-cache"})
 
 
 def moment(when: datetime) -> Markup:
