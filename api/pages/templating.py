@@ -48,8 +48,9 @@ def page(
     - charts: whether it draws any, and so needs plotly's bundle.
     - values: what its template is about.
     """
-    caller = current_caller.get()
-    html = _environment.get_template(template).render(path=path, news=news, charts=charts, caller=caller, **values)
+    html = _environment.get_template(template).render(
+        path=path, news=news, charts=charts, visitor=current_caller.get(), **values
+    )
     return HTMLResponse(html, status_code=status, headers={"Cache-Control": "no-cache"})
 
 
