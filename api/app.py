@@ -17,6 +17,7 @@ from .access import Callers
 from .answer_book import AnswerBook
 from .gate import Gate
 from .metrics import Metrics
+from .pages.final_book import FinalBook
 from .pages.routes import ROUTERS
 from .settings import ServiceSettings
 
@@ -51,6 +52,7 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
     app.state.answer_book = AnswerBook(database)
     app.state.callers = Callers(database, required=settings.require_tokens)
     app.state.metrics = Metrics(database)
+    app.state.final_book = FinalBook(database)
     app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)
     errors.install(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=1)

@@ -19,6 +19,7 @@ from ..access import current_caller
 # Every page that exists, in the order of the bar at the top.
 NAVIGATION = (
     ("Problems", "/problems"),
+    ("Compare", "/compare"),
     ("Jobs", "/jobs"),
     ("Devices", "/devices"),
     ("Snapshots", "/snapshots"),
@@ -134,6 +135,7 @@ def _make() -> jinja2.Environment:
         counted=_counted,
         hours=hours,
         short=short,
+        link_of=lambda final: describe.link(final.device_key, final.problem),
         title_of=describe.title,
         sizes_of=describe.sizes,
         backend_class=describe.backend_class,

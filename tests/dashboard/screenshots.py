@@ -18,6 +18,10 @@ H200, TUNED = filled.H200, filled.TUNED.key
 # name -> path; {job} and the like are filled in from the database
 PAGES = {
     "problems": "/problems?sort=-speedup",
+    "compare-sizes": "/compare",
+    "compare-backends": "/compare/backends?a=triton&b=flash_cute",
+    "compare-devices": "/compare/devices",
+    "compare-software": "/compare/software",
     "jobs": "/jobs",
     "job": "/jobs/{job}",
     "job-new": f"/jobs/new?problem={filled.MISSED.key}&device={H200}",
