@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 
+from tilewise.db.session import Database
+
 from . import chrome, filled
 from .chrome import Watch
 from .service import Site
@@ -36,6 +38,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(measured: Path) -> Iterator[Site]:
     """A service without tokens over the measured database, for tests that only look."""
     site = Site(measured)
+    site.start()
+    yield site
+    site.close()
+
+
+@pytest.fixture(scope="package")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A service over a database that holds nothing."""
+    file = tmp_path_factory.mktemp("empty") / "tilewise.db"
+    Database.open(f"sqlite:///{file}", upgrade=True).close()
+    site = Site(file)
     site.start()
     yield site
     site.close()
@@ -83,6 +96,7 @@ def opened(browser: Browser, watches: list[Watch]) -> Iterator[Open]:
             viewport=chrome.NARROW if narrow else chrome.WIDE,  # type: ignore[arg-type]
             color_scheme="dark" if dark else "light",
             timezone_id="America/New_York",
+            reduced_motion="reduce",
             **options,
         )
         context.set_default_timeout(10_000)

@@ -49,6 +49,12 @@ def _queue(database: Database) -> None:
                 jobs.finish(job.id, attempt, ended, message=f"ended as {ended}")
 
 
+def queue_one(database: Database) -> str:
+    """Queue one more job and return its id."""
+    with database.write() as session:
+        return JobRepository(session).create(TUNED, H200, budget_named("quick")).id
+
+
 def _freeze_and_report(database: Database) -> None:
     with database.write() as session:
         snapshots, channels = SnapshotRepository(session), ChannelRepository(session)
