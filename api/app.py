@@ -17,7 +17,8 @@ from .access import Callers
 from .answer_book import AnswerBook
 from .gate import Gate
 from .metrics import Metrics
-from .pages import overview, problems
+from .pages import overview, problem, problems, trial
+from .points import PointBook
 from .settings import ServiceSettings
 
 
@@ -50,6 +51,7 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
     app.state.database = database
     app.state.answer_book = AnswerBook(database)
     app.state.callers = Callers(database, required=settings.require_tokens)
+    app.state.points = PointBook()
     app.state.metrics = Metrics(database)
     app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)
     errors.install(app)
@@ -61,7 +63,7 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         metrics=app.state.metrics,
         settings=settings,
     )
-    for module in (answers, jobs, snapshots, lists, usage, health, overview, problems, assets):
+    for module in (answers, jobs, snapshots, lists, usage, health, overview, problems, problem, trial, assets):
         app.include_router(module.router)
     return app
 

@@ -11,9 +11,11 @@ from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse, JSONResponse
 
 import tilewise
+from tilewise.domain.software import Software
 from tilewise.domain.trial import now
 
 from .. import assets, describe
+from ..landscape import spelled
 
 # Every page that exists, in the order of the bar at the top.
 NAVIGATION = (("Problems", "/problems"),)
@@ -87,6 +89,21 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{describe.figure(number)} {unit}"
+        number /= 1024
+    return f"{describe.figure(number)} TiB"
+
+
+def _versions(software: Software) -> str:
+    """Return versions in one line: `torch 2.11.0, triton 3.6.0`; hashes of kernels are left to the API."""
+    names = ("torch", "triton", "cuda", "driver", "cudnn", "flash_attn", "cute_dsl")
+    found = [f"{name} {version}" for name in names if (version := getattr(software, name)) is not None]
+    return ", ".join(found) or "software that was not recorded"
+
+
 def _make() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
@@ -105,6 +122,14 @@ def _make() -> jinja2.Environment:
         factor=describe.factor,
         count=lambda number: f"{number:,}",
         counted=_counted,
+        percent=describe.percent,
+        words=lambda name: name.replace("_", " "),
+        bytes=_bytes,
+        tera=lambda number: describe.figure(number / 1e12),
+        versions=_versions,
+        space_options=lambda spaces: [(space.name, f"{space.label}: {number:,}") for space, number in spaces],
+        parameter_options=lambda parameters: [(each.name, each.name) for each in parameters],
+        value_options=lambda values: [(spelled(value), spelled(value)) for value in values],
         title_of=describe.title,
         sizes_of=describe.sizes,
         backend_class=describe.backend_class,
