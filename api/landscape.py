@@ -104,7 +104,7 @@ class Landscape:
 
     @functools.cached_property
     def spaces(self) -> tuple[tuple[Space, int], ...]:
-        """The spaces with the number of their trials, the most tried first."""
+        """The spaces with the number of their trials: forwards before gradients, the most tried first."""
         kinds: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
         for point in self.points:
             roles = tuple((role, config.kernel) for role, config in point.candidate.configs if config.values)
@@ -113,7 +113,7 @@ class Landscape:
         for (backend, roles), number in kinds.items():
             for role, kernel in roles:
                 found[Space(backend, role, kernel)] += number
-        return tuple(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+        return tuple(sorted(found.items(), key=lambda pair: (pair[0].role != "forward", -pair[1], pair[0])))
 
     def spots(self, space: Space) -> tuple[Spot, ...]:
         """Return the trials of a space."""

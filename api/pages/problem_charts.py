@@ -16,7 +16,7 @@ def backends(rows: Sequence[FinalistRow]) -> Figure:
     times = [row.measurement for row in best]
     bars = Bars(
         name="median",
-        places=[row.candidate.backend for row in best],
+        places=[_place(row) for row in best],
         values=[time.median_ms for time in times],
         colours=[colour(row.candidate.backend) for row in best],
         low=[time.p20_ms for time in times],
@@ -27,15 +27,15 @@ def backends(rows: Sequence[FinalistRow]) -> Figure:
     longest = max((time.p80_ms for time in times), default=1.0)
     return Figure(
         traces=(bars,),
-        x=Axis(title="median, ms", span=(0, longest * 1.28)),
+        x=Axis(title="median, ms", span=(0, longest * 1.3)),
         y=Axis(reverse=True, grid=False),
         height=60 + 38 * max(len(best), 1),
         legend=False,
         notes=tuple(
             Note(
                 x=row.measurement.p80_ms,
-                y=row.candidate.backend,
-                text=f"<b>{describe.factor(row.over)}</b>  {describe.milliseconds(row.measurement.median_ms)}",
+                y=_place(row),
+                text=describe.milliseconds(row.measurement.median_ms),
                 anchor="left",
                 above=False,
             )
@@ -124,6 +124,10 @@ def over_time(versions: Sequence[Version]) -> Figure:
         height=260,
         legend=False,
     )
+
+
+def _place(row: FinalistRow) -> str:
+    return f"{plain(row.candidate.backend)}  <b>{describe.factor(row.over)}</b>"
 
 
 def _hover(row: FinalistRow) -> str:
