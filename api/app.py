@@ -12,12 +12,13 @@ import tilewise
 from tilewise.db.session import Database
 from tilewise.db.signature import Signer
 
-from . import answers, assets, errors, health, jobs, lists, snapshots, usage
+from . import answers, assets, errors, health, jobs, lists, snapshots, tokens, usage
 from .access import Callers
 from .answer_book import AnswerBook
 from .gate import Gate
 from .metrics import Metrics
-from .pages import overview, problem, problems, trial
+from .pages.final_book import FinalBook
+from .pages.routes import ROUTERS
 from .points import PointBook
 from .settings import ServiceSettings
 
@@ -53,6 +54,7 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
     app.state.callers = Callers(database, required=settings.require_tokens)
     app.state.points = PointBook()
     app.state.metrics = Metrics(database)
+    app.state.final_book = FinalBook(database)
     app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)
     errors.install(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=1)
@@ -63,8 +65,10 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         metrics=app.state.metrics,
         settings=settings,
     )
-    for module in (answers, jobs, snapshots, lists, usage, health, overview, problems, problem, trial, assets):
+    for module in (answers, jobs, snapshots, lists, usage, tokens, health, assets):
         app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     return app
 
 

@@ -58,12 +58,16 @@ def _read(kind: Any, value: Any) -> Any:
     return value
 
 
+def cursor_behind(page: Page[T]) -> str | None:
+    """Return the cursor of what comes behind a page; None at the end."""
+    if page.next is None:
+        return None
+    return base64.b64encode(codec.canonical(list(page.next)), altchars=b"-_").decode()
+
+
 def listed(page: Page[T]) -> Response:
     """Return a page as the response of a list."""
-    following = None
-    if page.next is not None:
-        following = base64.b64encode(codec.canonical(list(page.next)), altchars=b"-_").decode()
-    return written({"items": page.items, "next": following})
+    return written({"items": page.items, "next": cursor_behind(page)})
 
 
 def written(document: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -67,8 +67,7 @@ _TITLES = {
 }
 # What to do about it, for people at the dashboard.
 _ADVICE = {
-    401: "Load the page again: your browser asks for a name (any will do) and a password, which is the token.",
-    403: "Whoever runs this service makes tokens: tilewise tokens create NAME --scope SCOPE",
+    403: "Sign in with a token that has the scope; whoever runs this service makes it: tilewise tokens create",
     404: "It may have been renamed, or never tuned. Search the problems for it.",
     429: "Wait a moment, then load the page again.",
     503: "Load the page again in a moment. Training jobs go on with the answers that they hold.",
@@ -130,7 +129,7 @@ def problem(
 ) -> Response:
     """Return a response that tells of an error: a page for a browser that asked for one, else problem+json."""
     title = _TITLES.get(name) or http.HTTPStatus(status).phrase
-    if _wants_page(scope):
+    if wants_page(scope):
         made = templating.page(
             "error.html", path="", status=status, code=status, title=title, detail=detail, advice=_ADVICE.get(status)
         )
@@ -147,7 +146,8 @@ def problem(
     return JSONResponse(document, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
 
 
-def _wants_page(scope: Scope) -> bool:
+def wants_page(scope: Scope) -> bool:
+    """Return whether a browser asked for a page of the dashboard."""
     if scope["path"].startswith("/v1/"):
         return False
     return any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])

@@ -15,11 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewise.domain.token import Scope as Scopes
 
-from .access import Caller, Callers, RefusedError, needed
+from .access import Caller, Callers, RefusedError, current_caller, needed
 from .answer_book import AnswerBook, Reply
-from .errors import problem
+from .errors import problem, wants_page
 from .limits import RateLimit
 from .metrics import Metrics
+from .pages import sign_in
 from .security import HEADERS
 from .settings import ServiceSettings
 
@@ -30,7 +31,15 @@ _SECURITY = [(name.lower().encode(), value.encode()) for name, value in HEADERS.
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-cache")]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[0-9.]+|[A-Za-z0-9-]+)(:\d+)?")
-_WANTED = (b"host", b"authorization", b"x-request-id", b"if-none-match", b"content-length", b"accept-encoding")
+_WANTED = (
+    b"host",
+    b"authorization",
+    b"x-request-id",
+    b"if-none-match",
+    b"content-length",
+    b"accept-encoding",
+    b"cookie",
+)
 _log = logging.getLogger("tilewise.api.request")
 # Request ids: random per process, then counted.
 _PROCESS = os.urandom(6).hex().encode()
@@ -85,12 +94,17 @@ class Gate:
             caller = Caller(f"anonymous@{address}", address, None)
         else:
             try:
-                authorization = headers.get(b"authorization")
-                caller = self._callers.identify(authorization, address, browser=method in ("GET", "HEAD"))
+                caller = self._callers.identify(
+                    headers.get(b"authorization"),
+                    address,
+                    looks=method in ("GET", "HEAD"),
+                    cookies=headers.get(b"cookie"),
+                )
             except RefusedError:
                 # refused ones count too, or secrets could be tried without end
                 wait = self._limit.wait(f"refused {address}")
                 return None, _too_many(scope, wait) if wait else _unauthorized(scope)
+            current_caller.set(caller)
             if not caller.allows(scope_needed):
                 detail = f"this token lacks the scope {scope_needed!r}; ask for one that has it"
                 return caller, problem(scope, 403, "forbidden", detail)
@@ -169,7 +183,9 @@ class _Body:
 
 
 def _unauthorized(scope: Scope) -> Respond:
-    # a browser asks its user for name and password on Basic: the password is the token
+    if wants_page(scope):
+        return sign_in.form(sign_in.place(scope), status=401)
+    # curl and the like know Basic: the password is the token
     basic = 'Basic realm="tilewise: a token as the password", charset="UTF-8"'
     challenge = 'Bearer realm="tilewise"' if scope["path"].startswith("/v1/") else basic
     detail = "send a token that stands: Authorization: Bearer tw_...; `tilewise tokens create` makes one"

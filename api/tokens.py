@@ -33,8 +33,7 @@ def list_tokens(database: DatabaseOfApp) -> Response:
     "", status_code=201, response_model=documents.MadeToken, responses=responses(422, 500, 503), summary="Make a token"
 )
 def create(wanted: documents.NewToken, database: DatabaseOfApp, actor: Actor) -> Response:
-    """The secret is in this response and nowhere else: only its hash is kept. Once there is a token, every request needs
-    one."""
+    """The secret is in this response alone: only its hash is kept. Once there is one, all requests need it."""
     scopes = parse_scopes(wanted.scopes)
     expires = None if wanted.days is None else now() + timedelta(days=wanted.days)
     with database.write() as session:

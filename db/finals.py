@@ -42,7 +42,8 @@ class Final:
     measured: datetime
     reference: str
     noise: float
-    winner: str
+    winner: str  # backend of the plan
+    winner_ms: float
     standings: tuple[Standing, ...]
 
     @cached_property
@@ -142,5 +143,6 @@ def _finals(rows: Iterable[tuple[str, Any]]) -> Iterator[Final]:
             reference=evidence["reference"]["backend"],
             noise=evidence["noise"],
             winner=document["plan"]["forward"]["backend"],
+            winner_ms=document["expected_ms"],
             standings=tuple(sorted(best.values(), key=lambda each: each.ratio)),
         )

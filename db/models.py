@@ -281,7 +281,7 @@ class DemandRow(Base):
 
 
 class PinRow(Base):
-    """Which snapshot ran on which device, and which token reported it. The snapshot may be one that is not kept here."""
+    """Which snapshot ran on which device, and which token reported it. The snapshot may be none that is kept here."""
 
     __tablename__ = "pins"
 

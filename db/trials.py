@@ -146,6 +146,11 @@ class TrialRepository:
         query = select(TrialRow.outcome, func.count()).where(*_about(problem, device_key)).group_by(TrialRow.outcome)
         return {Outcome(outcome): number for outcome, number in self._session.execute(query)}
 
+    def outcomes_of_job(self, job_id: str) -> dict[Outcome, int]:
+        """Return how many trials of a job ended in each outcome; an outcome that never came is left out."""
+        query = select(TrialRow.outcome, func.count()).where(TrialRow.job_id == job_id).group_by(TrialRow.outcome)
+        return {Outcome(outcome): number for outcome, number in self._session.execute(query)}
+
     def finished(self, problem: Problem, device_key: str, software: Software) -> tuple[Trial, ...]:
         """Return what a resumed search need not try again: the newest trial of each candidate and stage.
 

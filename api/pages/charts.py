@@ -47,6 +47,7 @@ class Bars:
     low: Sequence[Number] | None = None
     high: Sequence[Number] | None = None
     texts: Sequence[str] = ()
+    labels: Sequence[str] = ()
     links: Sequence[str | None] = ()
     horizontal: bool = False
 
@@ -61,6 +62,9 @@ class Bars:
             "hovertext": list(self.texts),
             "hoverinfo": "text",
             "customdata": list(self.links),
+            "text": list(self.labels),
+            "textposition": "outside",
+            "cliponaxis": False,
         }
         if self.horizontal:
             made["orientation"] = "h"

@@ -16,9 +16,19 @@ from tilewise.domain.trial import now
 
 from .. import assets, describe
 from ..landscape import spelled
+from ..access import current_caller
 
 # Every page that exists, in the order of the bar at the top.
-NAVIGATION = (("Problems", "/problems"),)
+NAVIGATION = (
+    ("Overview", "/"),
+    ("Problems", "/problems"),
+    ("Compare", "/compare"),
+    ("Jobs", "/jobs"),
+    ("Devices", "/devices"),
+    ("Snapshots", "/snapshots"),
+    ("Demand", "/demand"),
+    ("Tokens", "/tokens"),
+)
 _AGES = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"))
 
 
@@ -42,7 +52,9 @@ def page(
     - charts: whether it draws any, and so needs plotly's bundle.
     - values: what its template is about.
     """
-    html = _environment.get_template(template).render(path=path, news=news, charts=charts, **values)
+    html = _environment.get_template(template).render(
+        path=path, news=news, charts=charts, visitor=current_caller.get(), **values
+    )
     return HTMLResponse(html, status_code=status, headers={"Cache-Control": "no-cache"})
 
 
@@ -104,6 +116,23 @@ def _versions(software: Software) -> str:
     return ", ".join(found) or "software that was not recorded"
 
 
+def hours(milliseconds: float) -> str:
+    """Return a long time of a device in the unit that suits it: `3.4 h`, `12 min`, `8 s`."""
+    seconds = milliseconds / 1000
+    for length, unit in ((3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{describe.figure(seconds / length)} {unit}"
+    return f"{describe.figure(seconds)} s" if seconds else "0 s"
+
+
+def short(number: int) -> str:
+    """Return a large count in few characters: `1.2 M`."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
 def _make() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
@@ -130,6 +159,9 @@ def _make() -> jinja2.Environment:
         space_options=lambda spaces: [(space.name, f"{space.label}: {number:,}") for space, number in spaces],
         parameter_options=lambda parameters: [(each.name, each.name) for each in parameters],
         value_options=lambda values: [(spelled(value), spelled(value)) for value in values],
+        hours=hours,
+        short=short,
+        link_of=lambda final: describe.link(final.device_key, final.problem),
         title_of=describe.title,
         sizes_of=describe.sizes,
         backend_class=describe.backend_class,

@@ -87,6 +87,14 @@ def until(page: Page, true: Callable[[], bool], seconds: float = 10) -> None:
         page.wait_for_timeout(20)
 
 
+def settled(page: Page) -> None:
+    """Return when every chart of the page is drawn, those further down too."""
+    for chart in page.locator(".chart[data-chart]").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator(".main-svg").first.wait_for()
+    page.evaluate("scrollTo(0, 0)")
+
+
 def serious(page: Page) -> list[str]:
     """Return what axe-core finds of serious and critical impact, each with the elements."""
     if not page.evaluate("typeof axe === 'object'"):
