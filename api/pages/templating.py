@@ -15,8 +15,8 @@ from tilewise.domain.software import Software
 from tilewise.domain.trial import now
 
 from .. import assets, describe
-from ..landscape import spelled
 from ..access import current_caller
+from ..landscape import spelled
 
 # Every page that exists, in the order of the bar at the top.
 NAVIGATION = (
@@ -162,6 +162,7 @@ def _make() -> jinja2.Environment:
         hours=hours,
         short=short,
         link_of=lambda final: describe.link(final.device_key, final.problem),
+        answer_link=lambda answer: describe.link(answer.device_key, answer.problem),
         title_of=describe.title,
         sizes_of=describe.sizes,
         backend_class=describe.backend_class,
