@@ -19,6 +19,7 @@ from .gate import Gate
 from .metrics import Metrics
 from .pages.final_book import FinalBook
 from .pages.routes import ROUTERS
+from .points import PointBook
 from .settings import ServiceSettings
 
 
@@ -51,6 +52,7 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
     app.state.database = database
     app.state.answer_book = AnswerBook(database)
     app.state.callers = Callers(database, required=settings.require_tokens)
+    app.state.points = PointBook()
     app.state.metrics = Metrics(database)
     app.state.final_book = FinalBook(database)
     app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 
-from tilewise.db.answer_lists import ListedAnswer
+from tilewise.db.answer_lists import WON, ListedAnswer
 from tilewise.domain.config import Candidate, Plan
 from tilewise.domain.problem import Pass, Precision, Problem
 
@@ -71,7 +71,7 @@ def row(listed: ListedAnswer) -> Row:
         baseline=figure(answer.baseline_ms),
         tflops=figure(tflops(answer.problem, listed.forward_flops, answer.expected_ms)),
         worth=factor(speedup),
-        won=speedup is not None and speedup >= 1.005,
+        won=speedup is not None and speedup >= WON,
         bar=0 if speedup is None else round(100 * min(max(speedup, 0) / FULL_BAR, 1)),
         tuned=factor(answer.default_speedup),
         outdated=listed.outdated,

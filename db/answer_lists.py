@@ -1,6 +1,6 @@
 """Lists of standing answers for people: searched, filtered, sorted, page by page; and what of them is stale.
 
-An answer is stale where the software of its device, taken from the answer that changed last, would run other code for
+An answer is stale where the software of its device, taken from the answer that was measured last, would run other code for
 its plan. That is decided once per kernel and software, not once per answer, so that the database can filter by it.
 """
 
@@ -20,6 +20,8 @@ from tilewise.domain.config import Candidate, Config, Plan
 from tilewise.domain.software import Software
 
 from .models import AnswerRow, ProblemRow, SoftwareRow
+
+WON = 1.005  # a speed-up from here on is shown as one
 
 
 class Sort(enum.StrEnum):
@@ -124,6 +126,16 @@ class Facets:
     head_dims: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How many answers there are, on how many devices; how many beat torch's own choice, and how many are stale."""
+
+    answers: int
+    devices: int
+    faster: int
+    stale: int
+
+
 class AnswerListRepository:
     """Lists of standing answers, in one session."""
 
@@ -145,9 +157,9 @@ class AnswerListRepository:
         """
         current = self.current()
         matching = self._matching(wanted or AnswerFilter(), current)
-        total = self._session.scalar(select(func.count()).select_from(matching.subquery())) or 0
         ordered = matching.order_by(*_order(sort, descending=descending)).offset(offset).limit(limit)
-        return AnswerPage(answers=self._read(ordered, current, sort, descending=descending), total=total)
+        found = self._read(ordered, current, sort, descending=descending)
+        return AnswerPage(answers=found, total=self._count(matching))
 
     def keys(self, wanted: AnswerFilter, *, sort: Sort, descending: bool) -> tuple[tuple[str, str], ...]:
         """Return device and problem key of every answer that `wanted` lets through, to be read by `some` in parts."""
@@ -181,16 +193,28 @@ class AnswerListRepository:
             head_dims=counted(ProblemRow.head_dim),
         )
 
+    def summary(self) -> Summary:
+        """Return how things stand over all answers."""
+        answers, devices = self._session.execute(
+            select(func.count(), func.count(AnswerRow.device_key.distinct()))
+        ).one()
+        faster = select(func.count()).where(AnswerRow.baseline_ms > WON * AnswerRow.expected_ms)
+        return Summary(
+            answers=answers,
+            devices=devices,
+            faster=self._session.scalar(faster) or 0,
+            stale=self._count(self._matching(AnswerFilter(stale=True), self.current())),
+        )
+
     def current(self) -> dict[str, Software]:
-        """Return the software of each device that has answers: that of its answer that changed last."""
+        """Return the software of each device that has answers: that of its answer that was measured last."""
+        measured = func.coalesce(AnswerRow.measured, AnswerRow.updated)
         newest = (
-            select(AnswerRow.device_key, func.max(AnswerRow.updated).label("updated"))
-            .group_by(AnswerRow.device_key)
-            .subquery()
+            select(AnswerRow.device_key, func.max(measured).label("measured")).group_by(AnswerRow.device_key).subquery()
         )
         query = (
             select(AnswerRow.device_key, SoftwareRow.document)
-            .join(newest, (newest.c.device_key == AnswerRow.device_key) & (newest.c.updated == AnswerRow.updated))
+            .join(newest, (newest.c.device_key == AnswerRow.device_key) & (newest.c.measured == measured))
             .join(SoftwareRow, SoftwareRow.digest == AnswerRow.software_digest)
             .order_by(AnswerRow.problem_key)
         )
@@ -221,6 +245,9 @@ class AnswerListRepository:
             stale = tuple_(AnswerRow.device_key, AnswerRow.software_digest, AnswerRow.kernels).in_(self._stale(current))
             query = query.where(stale if wanted.stale else ~stale)
         return query
+
+    def _count(self, matching: Select[str, str]) -> int:
+        return self._session.scalar(select(func.count()).select_from(matching.subquery())) or 0
 
     def _stale(self, current: dict[str, Software]) -> list[tuple[str, str, str]]:
         """Return device, digest of the software, and kernels of all answers that are stale."""

@@ -155,6 +155,16 @@ class AnswerRepository:
             for document, reason, changed in self._session.execute(query)
         )
 
+    def newest_changes(self, limit: int) -> tuple[AnswerChange, ...]:
+        """Return what changed last of all answers, the newest first."""
+        query = select(AnswerChangeRow.document, AnswerChangeRow.reason, AnswerChangeRow.changed)
+        return tuple(
+            AnswerChange(answer=codec.from_json(Answer, document), reason=reason, changed=changed)
+            for document, reason, changed in self._session.execute(
+                query.order_by(AnswerChangeRow.id.desc()).limit(limit)
+            )
+        )
+
     def snapshot(self, device_key: str | None = None) -> Snapshot:
         """Return the standing answers of a device, or of all, as a snapshot."""
         query = select(AnswerRow.document)

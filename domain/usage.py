@@ -57,6 +57,18 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What answers saved so far: device time in ms, over so many reported calls, since the first report of them.
+
+    Of each call that an exact or a stale answer served, what the standing answer's final won over torch's own choice.
+    """
+
+    ms: float
+    calls: int
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
     """Who runs a snapshot: `reporter` is the name of the token that `reports` came with, from `first` to `last`."""
 

@@ -150,15 +150,13 @@ class Axis:
             made["rangemode"] = "tozero"
         if self.reverse:
             made["autorange"] = "reversed"
-        if self.log:
-            made["dtick"] = "D2"
-        if self.ticks is not None:
+        ticks = _log_ticks(*self.span) if self.log and self.span and self.ticks is None else self.ticks
+        if ticks is not None:
             made |= {
                 "tickmode": "array",
-                "tickvals": [place for place, _ in self.ticks],
-                "ticktext": [text for _, text in self.ticks],
+                "tickvals": [place for place, _ in ticks],
+                "ticktext": [text for _, text in ticks],
             }
-            made.pop("dtick", None)
         if self.span is not None:
             low, high = self.span
             made["range"] = [math.log10(low), math.log10(high)] if self.log else [low, high]
@@ -167,22 +165,27 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """Words at a point of the chart."""
+    """Words at a point of the chart: above it, or in its middle. Behind an `anchor` of left they begin there."""
 
-    x: float | str
-    y: float
+    x: float
+    y: float | str
     text: str
-    anchor: str = "auto"
+    anchor: str = "center"
+    above: bool = True
 
     def plotly(self, *, log_x: bool, log_y: bool) -> dict[str, Any]:
         return {
-            "x": math.log10(self.x) if log_x and isinstance(self.x, float | int) else self.x,
-            "y": math.log10(self.y) if log_y else self.y,
+            "x": math.log10(self.x) if log_x else self.x,
+            "y": math.log10(self.y) if log_y and not isinstance(self.y, str) else self.y,
             "text": self.text,
             "showarrow": False,
             "xanchor": self.anchor,
-            "yanchor": "bottom",
-            "font": {"size": 12, "color": "@quiet"},
+            "yanchor": "bottom" if self.above else "middle",
+            "xshift": 6 if self.anchor == "left" else 0,
+            "yshift": 3 if self.above else 0,
+            "font": {"size": 12, "color": "@text"},
+            "bgcolor": "@card",
+            "borderpad": 1,
         }
 
 
@@ -229,6 +232,16 @@ def symbol(backend: str) -> str:
 def plain(text: str) -> str:
     """Return `text` as plotly shows it literally: it reads a small part of HTML in labels and hover texts."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[Place, str]]:
+    """Return round numbers between the ends of a logarithmic axis: more of them in a decade where it is short."""
+    steps: Sequence[float] = (1, 2, 5) if high / low > 6 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    if high / low > 300:
+        steps = (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    places = [step * 10.0**decade for decade in decades for step in steps]
+    return [(place, f"{place:,.10g}") for place in places if low <= place <= high]
 
 
 def _gap(upper: Number, lower: Number) -> Number:

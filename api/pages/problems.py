@@ -11,7 +11,7 @@ from ..dependencies import DatabaseOfApp
 from ..errors import responses
 from . import export
 from .listing import Address, Choice, Column, address, asked_page, headings, pages
-from .templating import News, marked, page
+from .templating import News, page
 
 PATH = "/problems"
 PAGE_SIZE = 50
@@ -63,7 +63,7 @@ def problems(request: Request, database: DatabaseOfApp) -> Response:
     return page(
         "problems.html",
         path=PATH,
-        news=News(f"{PATH}/news", str(mark)),
+        news=News("/news", str(mark)),
         at=at,
         narrowed=[(name, at.get(name)) for name in ("q", *_FILTERS) if at.get(name)],
         choices=_choices(facets),
@@ -71,13 +71,6 @@ def problems(request: Request, database: DatabaseOfApp) -> Response:
         rows=[describe.row(listed) for listed in found.answers],
         pages=shown,
     )
-
-
-@router.get(f"{PATH}/news")
-def news(database: DatabaseOfApp) -> Response:
-    """The mark that the table has by now: the number of the newest change of any answer."""
-    with database.read() as session:
-        return marked(AnswerRepository(session).newest())
 
 
 @router.get(f"{PATH}.csv")

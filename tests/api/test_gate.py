@@ -147,7 +147,7 @@ class TestEveryResponse:
             reply = client.get(path, headers={"X-Request-ID": "run-7"})
             assert reply.headers["x-request-id"] == "run-7"
             assert reply.headers["x-content-type-options"] == "nosniff"
-            assert reply.headers["referrer-policy"] == "no-referrer"
+            assert reply.headers["referrer-policy"] == "same-origin"
             policy = reply.headers["content-security-policy"]
             assert policy.startswith("default-src 'none'; script-src 'self'; ")
             assert "unsafe" not in policy
