@@ -75,11 +75,13 @@ def watches() -> list[Watch]:
 
 
 @pytest.fixture
-def opened(browser: Browser, watches: list[Watch]) -> Iterator[Open]:
+def opened(browser: Browser, watches: list[Watch], request: pytest.FixtureRequest) -> Iterator[Open]:
     """Opens a path of a site in a context of its own; the test fails if anything went wrong in a page that it opened.
 
     `dark`, `narrow` and other options of Playwright's contexts say how it looks; `expected` statuses are no mistakes.
     """
+    for service in {"site", "guarded"} & set(request.fixturenames):
+        request.getfixturevalue(service)  # so that it outlives the pages
     contexts = []
 
     def open_(

@@ -1,5 +1,6 @@
 """A job from the form to its end, as somebody sees it who keeps the page open."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from . import chrome, filled
 from .chrome import Watch
 from .conftest import Open
 from .service import Site
+
+JOB = re.compile(r"/jobs/[0-9a-f]{32}$")
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def go_on(database: Database, job: str, attempt: int, share: float) -> None:
 
 
 def test_a_job_is_asked_for_with_the_keyboard(opened: Open, site: Site, database: Database) -> None:
-    page = opened(site, f"/jobs/new?device={filled.H200}")
+    page = opened(site, f"/jobs/new?device={filled.H200}", expected={422})
     page.get_by_label("Problem").focus()
     page.keyboard.type("inference.fp16.b1.h64")
     page.keyboard.press("Enter")
@@ -55,7 +58,7 @@ def test_a_job_is_asked_for_with_the_keyboard(opened: Open, site: Site, database
     page.keyboard.press("Tab")
     page.keyboard.type("77")
     page.keyboard.press("Enter")
-    page.wait_for_url(lambda url: url.rpartition("/")[2] not in ("new", "jobs"))
+    page.wait_for_url(JOB)
     with database.read() as session:
         record = JobRepository(session).get(page.url.rpartition("/")[2])
     assert record is not None
@@ -126,5 +129,5 @@ def test_demand_becomes_a_job(opened: Open, site: Site) -> None:
     expect(row).to_contain_text("its job waits or runs")
     page.goto(f"/jobs/new?problem={filled.MISSED.key}&device={filled.H200}")
     page.get_by_role("button", name="Queue it").click()
-    page.wait_for_url(lambda url: url.rpartition("/")[2] not in ("new", "jobs"))
+    page.wait_for_url(JOB)
     expect(page.locator("main")).to_contain_text(filled.MISSED.key)
