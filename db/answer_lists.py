@@ -1,7 +1,7 @@
 """Lists of standing answers for people: searched, filtered, sorted, page by page; and what of them is stale.
 
-An answer is stale where the software of its device, taken from the answer that was measured last, would run other code for
-its plan. That is decided once per kernel and software, not once per answer, so that the database can filter by it.
+An answer is stale where the software of its device, taken from the answer that was measured last, would run other code
+for its plan. That is decided once per kernel and software, not once per answer, so that the database can filter by it.
 """
 
 import enum

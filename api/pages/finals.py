@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 
 from tilewise.db.answers import AnswerChange
 from tilewise.db.trial_points import Failure, TrialPoint
@@ -111,7 +112,7 @@ def absent(points: Iterable[TrialPoint], failures: Sequence[Failure], answer: An
 def history(changes: Sequence[AnswerChange]) -> tuple[Version, ...]:
     """Return the versions of an answer, the newest first, each with what came before it."""
     made = []
-    for change, before in zip(changes, [*changes[1:], None], strict=True):
+    for change, before in zip_longest(changes, changes[1:]):
         over, over_before = change.answer.speedup, before.answer.speedup if before else None
         fell = 1 - over / over_before if over and over_before else 0.0
         noise = change.answer.evidence.noise if change.answer.evidence else 0.0

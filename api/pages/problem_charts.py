@@ -27,7 +27,7 @@ def backends(rows: Sequence[FinalistRow]) -> Figure:
     longest = max((time.p80_ms for time in times), default=1.0)
     return Figure(
         traces=(bars,),
-        x=Axis(title="median, ms", span=(0, longest * 1.3)),
+        x=Axis(title="median, ms", span=(0, longest * 1.42)),
         y=Axis(reverse=True, grid=False),
         height=60 + 38 * max(len(best), 1),
         legend=False,
