@@ -10,11 +10,13 @@ from tilewise.db.pins import PinRepository
 from tilewise.db.session import Database
 from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
 from tilewise.db.tokens import AuditRepository
+from tilewise.db.trials import TrialRepository, TrialSort
 from tilewise.domain.answer import Match
 from tilewise.domain.config import Candidate
 from tilewise.domain.job import JobState, budget_named
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.trial import Outcome
 from tilewise.domain.usage import Usage, Use
 
 REPORT = Path(__file__).resolve().parents[2] / "bench" / "results" / "h200_core.json"
@@ -75,8 +77,11 @@ def _freeze_and_report(database: Database) -> None:
 
 
 def found(url: str) -> dict[str, str]:
-    """Return ids that paths of pages are made of: a job that runs, the two snapshots."""
+    """Return ids that paths of pages are made of: a job that runs, the two snapshots, a trial."""
     with Database.open(url, upgrade=False) as database, database.read() as session:
         (job, *_) = JobRepository(session).list(states=(JobState.RUNNING,))
         after, before = SnapshotRepository(session).page().items
-    return {"job": job.job.id, "snapshot": after.id, "before": before.id}
+        trials = TrialRepository(session).page(
+            problem=TUNED, outcome=Outcome.OK, sort=TrialSort.MEDIAN, descending=False
+        )
+    return {"job": job.job.id, "snapshot": after.id, "before": before.id, "trial": str(trials.items[0].id)}

@@ -17,7 +17,10 @@ from .service import Site
 H200, TUNED = filled.H200, filled.TUNED.key
 # name -> path; {job} and the like are filled in from the database
 PAGES = {
+    "overview": "/",
     "problems": "/problems?sort=-speedup",
+    "problem": f"/problems/{H200}/{TUNED}",
+    "trial": "/trials/{trial}",
     "compare-sizes": "/compare",
     "compare-backends": "/compare/backends?a=triton&b=flash_cute",
     "compare-devices": "/compare/devices",
