@@ -139,6 +139,75 @@ def duel(finals: Iterable[Final], first: str, second: str) -> Duel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One problem on one device with one software: which backend, its time in ms, how many times faster than torch."""
+
+    final: Final
+    backend: str
+    ms: float
+    speedup: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One problem on two devices, or with two softwares."""
+
+    a: Side
+    b: Side
+
+    @property
+    def ratio(self) -> float:
+        """Time on the first over time on the second: above 1 the second is faster."""
+        return self.a.ms / self.b.ms
+
+
+def pairs(a: Iterable[Final], b: Iterable[Final], backend: str = "") -> tuple[Pair, ...]:
+    """Return the problems that both sides have, what got slowest from the first to the second first.
+
+    What is compared is the plan of each, or one backend, where both finals held it.
+    """
+    others = {final.problem_key: side for final in b if (side := _side(final, backend))}
+    found = [
+        Pair(a=side, b=others[final.problem_key])
+        for final in a
+        if final.problem_key in others and (side := _side(final, backend))
+    ]
+    return tuple(sorted(found, key=lambda pair: (pair.ratio, pair.a.final.problem_key)))
+
+
+def _side(final: Final, backend: str) -> Side | None:
+    name = backend or final.winner
+    found = final.of(name)
+    if found is None:
+        return None
+    ms = found.median_ms if backend else final.winner_ms
+    return Side(final=final, backend=name, ms=ms, speedup=final.speedup(name))
+
+
+def geomean(self) -> float:
+        return geomean([meeting.share for meeting in self.meetings])
+
+    @property
+    def distribution(self) -> tuple[int, ...]:
+        """How many meetings fall below the first of EDGES, between each two, and above the last."""
+        bins = [0] * (len(EDGES) + 1)
+        for meeting in self.meetings:
+            bins[sum(meeting.share >= edge for edge in EDGES)] += 1
+        return tuple(bins)
+
+
+def duel(finals: Iterable[Final], first: str, second: str) -> Duel:
+    """Return how two backends did against each other."""
+    met = []
+    for final in finals:
+        one, other = final.of(first), final.of(second)
+        if one and other:
+            margin = max(final.noise, one.spread, other.spread)
+            met.append(Meeting(final=final, share=other.ratio / one.ratio, margin=margin))
+    return Duel(first=first, second=second, meetings=tuple(sorted(met, key=lambda meeting: meeting.share)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """One problem on two devices, or with two softwares: the final of each."""
 
