@@ -51,6 +51,11 @@ class Family:
     finals: tuple[Final, ...]
 
     @property
+    def common(self) -> str:
+        """What the problems have in common, as their keys spell it."""
+        return _without(self.finals[0].problem, _LENGTH if self.size is Size.LENGTH else _WIDTH)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(self.size.of(final.problem) for final in self.finals)
 

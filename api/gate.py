@@ -106,7 +106,7 @@ class Gate:
                 return None, _too_many(scope, wait) if wait else _unauthorized(scope)
             current_caller.set(caller)
             if not caller.allows(scope_needed):
-                detail = f"this token lacks the scope {scope_needed!r}; ask for one that has it"
+                detail = f"this token lacks the scope '{scope_needed}'; ask for one that has it"
                 return caller, problem(scope, 403, "forbidden", detail)
             if caller.token is None and not self._settings.any_host and not _HOST.fullmatch(headers.get(b"host", b"")):
                 detail = "without a token this service is asked by its address, not by a name of another domain"

@@ -66,7 +66,7 @@ def backends(request: Request, database: DatabaseOfApp, book: FinalBookOfApp) ->
     device = chosen(at.get("device"), devices)
     finals = filtered(book.standing(device), at) if device else ()
     names = comparison.common_backends(finals)
-    first, second = two(at, names, prefer=(names[0] if names else "", "sdpa"))
+    first, second = two(at, names, prefer=("triton", "cpu_tiled", "sdpa"))
     found = comparison.duel(finals, first, second)
     shown = pages(at, size=PAGE_SIZE, total=len(found.meetings))
     return view(

@@ -10,8 +10,10 @@ export function forms() {
       if (event.target.matches("select, input[type=checkbox], input[type=radio]")) form.requestSubmit();
     });
   }
-  // A field that was left out is there again when the page comes back from the browser's memory.
+  // When the page comes back from the browser's memory, a field that was left out is there again, and a choice is what
+  // the page shows, not what was chosen before leaving it.
   addEventListener("pageshow", () => {
+    for (const form of document.querySelectorAll("form[data-live]")) form.reset();
     for (const field of document.querySelectorAll("form[data-live] :disabled")) field.disabled = false;
   });
 }

@@ -1,6 +1,6 @@
 // The page of a job, as it happens: <article data-job="ID" data-after="N"> is where the page ends, event N; what comes
-// behind it arrives as server-sent events. A browser asks again by itself where a connection breaks; where the service
-// refuses (it starts again, a proxy answers for it), this does, from behind the last event, until it is back.
+// behind it arrives as server-sent events. Where the connection breaks or is refused (the service starts again, a proxy
+// answers for it), this asks again from behind the last event until it is back; a browser by itself would give up.
 import { localTimes } from "./times.js";
 
 const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
@@ -35,7 +35,7 @@ class Watcher {
 
   lost() {
     this.say("The service is away. This page asks again until it is back; nothing is lost.");
-    if (this.source.readyState !== EventSource.CLOSED) return;
+    this.source.close();
     setTimeout(() => this.listen(), this.wait);
     this.wait = Math.min(2 * this.wait, LONGEST_WAIT);
   }

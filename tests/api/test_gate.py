@@ -53,6 +53,11 @@ class TestTokens:
             ("DELETE", "/v1/jobs/abc", None, Scope.TUNE, 404),
             ("POST", "/v1/snapshots", {}, Scope.ADMIN, 201),
             ("GET", "/v1/audit", None, Scope.ADMIN, 200),
+            ("GET", "/v1/tokens", None, Scope.ADMIN, 200),
+            ("POST", "/v1/tokens", {"name": "ci", "scopes": ["read"]}, Scope.ADMIN, 201),
+            ("DELETE", f"/v1/tokens/{'0' * 16}", None, Scope.ADMIN, 404),
+            ("GET", "/jobs", None, Scope.READ, 200),
+            ("GET", "/tokens", None, Scope.ADMIN, 200),
             ("PUT", "/v1/channels/stable", {"snapshot": "0" * 64}, Scope.ADMIN, 404),
             ("POST", "/v1/channels/stable/rollback", {}, Scope.ADMIN, 404),
         ],
@@ -147,7 +152,7 @@ class TestEveryResponse:
             reply = client.get(path, headers={"X-Request-ID": "run-7"})
             assert reply.headers["x-request-id"] == "run-7"
             assert reply.headers["x-content-type-options"] == "nosniff"
-            assert reply.headers["referrer-policy"] == "no-referrer"
+            assert reply.headers["referrer-policy"] == "same-origin"
             policy = reply.headers["content-security-policy"]
             assert policy.startswith("default-src 'none'; script-src 'self'; ")
             assert "unsafe" not in policy

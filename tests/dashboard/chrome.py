@@ -45,7 +45,7 @@ class Watch:
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.expected: set[int] = set()
         self.away = False  # whether the service is stopped on purpose
-        self.sent: list[str] = []
+        self._finished: list[Request] = []
         self._found: list[str] = []
         self._host = urlsplit(url).netloc
         context.on("console", self._console)
@@ -53,10 +53,15 @@ class Watch:
         context.on("request", self._request)
         context.on("response", self._response)
         context.on("requestfailed", self._failed)
+        context.on("requestfinished", lambda request: self._finished.append(request))
 
     @property
     def found(self) -> list[str]:
         return list(self._found)
+
+    def transferred(self) -> list[tuple[str, int]]:
+        """Return what came over the wire, and how many bytes of it."""
+        return [(request.url, request.sizes()["responseBodySize"]) for request in self._finished]
 
     def _console(self, message: ConsoleMessage) -> None:
         refused = message.text.startswith("Failed to load resource")  # told by _response and _failed
@@ -65,7 +70,6 @@ class Watch:
 
     def _request(self, request: Request) -> None:
         parts = urlsplit(request.url)
-        self.sent.append(request.url)
         if parts.scheme not in ("data", "blob") and parts.netloc != self._host:
             self._found.append(f"a request to another host: {request.url}")
 
@@ -111,3 +115,12 @@ def overflow(page: Page) -> int:
     """Return by how many pixels the page is wider than its window."""
     width: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     return width
+
+
+def too_wide(page: Page) -> list[str]:
+    """Return the elements that stick out of the window, for the message of a test that fails."""
+    found: list[str] = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        ".map(e => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40))"
+    )
+    return found[:10]

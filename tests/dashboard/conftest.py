@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 
+from tilewise.db.session import Database
+
 from . import chrome, filled
 from .chrome import Watch
 from .service import Site
@@ -41,6 +43,17 @@ def shared(measured: Path) -> Iterator[Site]:
     site.close()
 
 
+@pytest.fixture(scope="package")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A service over a database that holds nothing."""
+    file = tmp_path_factory.mktemp("empty") / "tilewise.db"
+    Database.open(f"sqlite:///{file}", upgrade=True).close()
+    site = Site(file)
+    site.start()
+    yield site
+    site.close()
+
+
 @pytest.fixture
 def site(measured: Path, tmp_path: Path) -> Iterator[Site]:
     """A service over a copy of the measured database, for tests that change something."""
@@ -62,11 +75,13 @@ def watches() -> list[Watch]:
 
 
 @pytest.fixture
-def opened(browser: Browser, watches: list[Watch]) -> Iterator[Open]:
+def opened(browser: Browser, watches: list[Watch], request: pytest.FixtureRequest) -> Iterator[Open]:
     """Opens a path of a site in a context of its own; the test fails if anything went wrong in a page that it opened.
 
     `dark`, `narrow` and other options of Playwright's contexts say how it looks; `expected` statuses are no mistakes.
     """
+    for service in {"site", "guarded"} & set(request.fixturenames):
+        request.getfixturevalue(service)  # so that it outlives the pages
     contexts = []
 
     def open_(
@@ -83,6 +98,7 @@ def opened(browser: Browser, watches: list[Watch]) -> Iterator[Open]:
             viewport=chrome.NARROW if narrow else chrome.WIDE,  # type: ignore[arg-type]
             color_scheme="dark" if dark else "light",
             timezone_id="America/New_York",
+            reduced_motion="reduce",
             **options,
         )
         context.set_default_timeout(10_000)

@@ -10,6 +10,7 @@ from tilewise.db.pins import PinRepository
 from tilewise.db.session import Database
 from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
 from tilewise.db.tokens import AuditRepository
+from tilewise.db.trials import TrialRepository, TrialSort
 from tilewise.domain.answer import Match
 from tilewise.domain.config import Candidate
 from tilewise.domain.job import JobState, budget_named
@@ -17,6 +18,8 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.usage import Usage, Use
 
+# The same benchmark on the same H200 days apart: 15 rows of older kernels, and what stands now.
+EARLIER = Path(__file__).with_name("h200_earlier.json")
 REPORT = Path(__file__).resolve().parents[2] / "bench" / "results" / "h200_core.json"
 H200 = "nvidia-h200.sm90.141g.700w"
 TUNED = Problem.parse("inference.fp16.b1.h64.kv8.q4096.k4096.d128.causal")
@@ -28,7 +31,8 @@ JOBS = 60
 def fill(url: str) -> None:
     """Make the database: 40 tuned problems, 60 jobs, two snapshots with a channel, and what clients reported."""
     with Database.open(url, upgrade=True) as database:
-        import_report(judgeable(REPORT), database)
+        for report in (EARLIER, REPORT):
+            import_report(judgeable(report), database)
         _queue(database)
         _freeze_and_report(database)
 
@@ -37,7 +41,9 @@ def _queue(database: Database) -> None:
     with database.write() as session:
         jobs = JobRepository(session)
         for number in range(JOBS):
-            job = jobs.create((MISSED, ALSO_MISSED)[number % 2], H200, budget_named("quick", trials=number + 1))
+            job = jobs.create(
+                MISSED if number % 2 or number > 50 else ALSO_MISSED, H200, budget_named("quick", trials=number + 1)
+            )
             attempt = jobs.start(job.id) if number < JOBS - 5 else None
             if attempt is None:
                 continue
@@ -47,6 +53,12 @@ def _queue(database: Database) -> None:
             if number < JOBS - 7:
                 ended = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)[number % 3]
                 jobs.finish(job.id, attempt, ended, message=f"ended as {ended}")
+
+
+def queue_one(database: Database) -> str:
+    """Queue one more job and return its id."""
+    with database.write() as session:
+        return JobRepository(session).create(TUNED, H200, budget_named("quick")).id
 
 
 def _freeze_and_report(database: Database) -> None:
@@ -69,8 +81,9 @@ def _freeze_and_report(database: Database) -> None:
 
 
 def found(url: str) -> dict[str, str]:
-    """Return ids that paths of pages are made of: a job that runs, the two snapshots."""
+    """Return ids that paths of pages are made of: a job that runs, the two snapshots, a trial."""
     with Database.open(url, upgrade=False) as database, database.read() as session:
         (job, *_) = JobRepository(session).list(states=(JobState.RUNNING,))
         after, before = SnapshotRepository(session).page().items
-    return {"job": job.job.id, "snapshot": after.id, "before": before.id}
+        trials = TrialRepository(session).page(problem=TUNED, sort=TrialSort.MEDIAN, descending=False, limit=1)
+    return {"job": job.job.id, "snapshot": after.id, "before": before.id, "trial": str(trials.items[0].id)}

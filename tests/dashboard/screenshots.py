@@ -17,7 +17,10 @@ from .service import Site
 H200, TUNED = filled.H200, filled.TUNED.key
 # name -> path; {job} and the like are filled in from the database
 PAGES = {
+    "overview": "/",
     "problems": "/problems?sort=-speedup",
+    "problem": f"/problems/{H200}/{TUNED}",
+    "trial": "/trials/{trial}",
     "compare-sizes": "/compare",
     "compare-backends": "/compare/backends?a=triton&b=flash_cute",
     "compare-devices": "/compare/devices",
@@ -54,8 +57,8 @@ def take(browser: Browser, site: Site, folder: Path, names: list[str]) -> None:
 def _write(page: Page, path: Path, most: int) -> None:
     whole = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     picture = whole.crop((0, 0, whole.width, min(whole.height, most))).convert("RGB")
-    # few colours: a third of the size, and nobody sees it
-    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    # few colours: a third of the size, and hardly to be seen
+    picture.quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
