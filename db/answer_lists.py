@@ -6,6 +6,7 @@ for its plan. That is decided once per kernel and software, not once per answer,
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -115,7 +116,7 @@ class AnswerPage:
     total: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Facets:
     """The values that standing answers can be filtered by, each with how many answers have it, the most first."""
 
@@ -177,21 +178,19 @@ class AnswerListRepository:
 
     def facets(self) -> Facets:
         """Return what there is to filter by."""
-        joined = ProblemRow.key == AnswerRow.problem_key
-
-        def counted(column: Any) -> tuple[tuple[Any, int], ...]:
-            query = select(column, func.count()).select_from(AnswerRow).join(ProblemRow, joined).group_by(column)
-            return tuple(
-                (value, number) for value, number in self._session.execute(query.order_by(func.count().desc(), column))
-            )
-
-        return Facets(
-            devices=counted(AnswerRow.device_key),
-            backends=counted(AnswerRow.backend),
-            passes=counted(ProblemRow.pass_),
-            dtypes=counted(ProblemRow.dtype),
-            head_dims=counted(ProblemRow.head_dim),
+        columns = AnswerRow.device_key, AnswerRow.backend, ProblemRow.pass_, ProblemRow.dtype, ProblemRow.head_dim
+        query = (
+            select(*columns, func.count())
+            .select_from(AnswerRow)
+            .join(ProblemRow, ProblemRow.key == AnswerRow.problem_key)
+            .group_by(*columns)
         )
+        counts: tuple[Counter[Any], ...] = tuple(Counter() for _ in columns)
+        for *values, number in self._session.execute(query):
+            for counter, value in zip(counts, values, strict=True):
+                counter[value] += number
+        found = [tuple(sorted(counter.items(), key=lambda pair: (-pair[1], pair[0]))) for counter in counts]
+        return Facets(*found)
 
     def summary(self) -> Summary:
         """Return how things stand over all answers."""
@@ -208,17 +207,16 @@ class AnswerListRepository:
 
     def current(self) -> dict[str, Software]:
         """Return the software of each device that has answers: that of its answer that was measured last."""
-        measured = func.coalesce(AnswerRow.measured, AnswerRow.updated)
-        newest = (
-            select(AnswerRow.device_key, func.max(measured).label("measured")).group_by(AnswerRow.device_key).subquery()
-        )
+        measured = func.max(func.coalesce(AnswerRow.measured, AnswerRow.updated))
+        kinds = AnswerRow.device_key, AnswerRow.software_digest
+        newest = select(*kinds, measured.label("measured")).group_by(*kinds).subquery()
         query = (
-            select(AnswerRow.device_key, SoftwareRow.document)
-            .join(newest, (newest.c.device_key == AnswerRow.device_key) & (newest.c.measured == measured))
-            .join(SoftwareRow, SoftwareRow.digest == AnswerRow.software_digest)
-            .order_by(AnswerRow.problem_key)
+            select(newest.c.device_key, SoftwareRow.document)
+            .join(SoftwareRow, SoftwareRow.digest == newest.c.software_digest)
+            .order_by(newest.c.measured, SoftwareRow.digest)
         )
-        return {key: codec.from_json(Software, document) for key, document in self._session.execute(query)}
+        latest = {row[0]: row[1] for row in self._session.execute(query)}  # the last one of a device stays
+        return {key: codec.from_json(Software, document) for key, document in latest.items()}
 
     def _matching(self, wanted: AnswerFilter, current: dict[str, Software]) -> Select[str, str]:
         query = select(AnswerRow.device_key, AnswerRow.problem_key).join(
