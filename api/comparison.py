@@ -184,49 +184,6 @@ def _side(final: Final, backend: str) -> Side | None:
     return Side(final=final, backend=name, ms=ms, speedup=final.speedup(name))
 
 
-def geomean(self) -> float:
-        return geomean([meeting.share for meeting in self.meetings])
-
-    @property
-    def distribution(self) -> tuple[int, ...]:
-        """How many meetings fall below the first of EDGES, between each two, and above the last."""
-        bins = [0] * (len(EDGES) + 1)
-        for meeting in self.meetings:
-            bins[sum(meeting.share >= edge for edge in EDGES)] += 1
-        return tuple(bins)
-
-
-def duel(finals: Iterable[Final], first: str, second: str) -> Duel:
-    """Return how two backends did against each other."""
-    met = []
-    for final in finals:
-        one, other = final.of(first), final.of(second)
-        if one and other:
-            margin = max(final.noise, one.spread, other.spread)
-            met.append(Meeting(final=final, share=other.ratio / one.ratio, margin=margin))
-    return Duel(first=first, second=second, meetings=tuple(sorted(met, key=lambda meeting: meeting.share)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """One problem on two devices, or with two softwares: the final of each."""
-
-    a: Final
-    b: Final
-
-    @property
-    def ratio(self) -> float:
-        """Time of the plan on the first over that on the second: above 1 the second is faster."""
-        return self.a.winner_ms / self.b.winner_ms
-
-
-def pairs(a: Iterable[Final], b: Iterable[Final]) -> tuple[Pair, ...]:
-    """Return the problems that both sides have, what got slowest from the first to the second first."""
-    others = {final.problem_key: final for final in b}
-    found = [Pair(a=final, b=others[final.problem_key]) for final in a if final.problem_key in others]
-    return tuple(sorted(found, key=lambda pair: (pair.ratio, pair.a.problem_key)))
-
-
 def geomean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 

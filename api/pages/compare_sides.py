@@ -90,7 +90,8 @@ def _page(at: Address, sides: tuple[Finals, Finals], first: str, second: str, **
 
 
 def _chart(at: Address, sides: tuple[Finals, Finals]) -> Response:
-    found = comparison.pairs(*(filtered(finals, at) for finals in sides), backend=at.get("backend"))
+    a, b = (filtered(finals, at) for finals in sides)
+    found = comparison.pairs(a, b, at.get("backend"))
     return compare_charts.sides(found, at.get("a"), at.get("b")).response()
 
 
