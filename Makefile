@@ -13,7 +13,7 @@ PACKAGES := .venv/.packages-$(LOCK_SUM)
 INSTALLED := .venv/.installed-$(LOCK_SUM)-$(HERE_SUM)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements/lock.txt)
 
-.PHONY: install demo test contract test-gpu memcheck check format lock clean
+.PHONY: install chromium demo test contract test-gpu memcheck check format lock clean
 
 install: $(INSTALLED)
 
@@ -29,10 +29,18 @@ $(INSTALLED): $(PACKAGES) pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable .
 	@rm -f .venv/.installed-*; touch $@
 
+# The dashboard is tested in Debian's Chromium; Playwright's own browsers are never downloaded.
+chromium:
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null || { \
+	    echo "the dashboard's tests need Chromium: install the package chromium, as root, and run make again" >&2; exit 1; }; \
+	  apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install --quiet=2 --yes --no-install-recommends chromium fonts-dejavu-core > /dev/null; }
+
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) chromium
 	$(PY) -m pytest
 
 contract: $(INSTALLED)
@@ -43,10 +51,10 @@ test-gpu: $(INSTALLED)
 
 # Every kernel once under compute-sanitizer, which comes with CUDA's toolkit; torch's caching allocator would hide a
 # read behind the end of a tensor.
-memcheck: $(INSTALLED)
+memcheck: $(INSTALLED) chromium
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m tilewise.bench.memcheck
 
-check: $(INSTALLED)
+check: $(INSTALLED) chromium
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy

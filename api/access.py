@@ -4,6 +4,7 @@ import base64
 import binascii
 import logging
 import threading
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from tilewise.db.session import Database
@@ -13,10 +14,13 @@ from tilewise.domain.errors import DatabaseError
 from tilewise.domain.token import Scope, Token
 from tilewise.domain.trial import now
 
+from . import browser_session
+
 FOLLOW_SECONDS = 1.0
 _log = logging.getLogger("tilewise.api")
 # What is no secret: whether the process lives, and what a browser needs to show that a token is wanted.
-_OPEN = ("/healthz", "/readyz", "/static/")
+_OPEN = ("/healthz", "/readyz", "/static/", "/sign-in", "/sign-out")
+_ADMINS = ("/v1/audit", "/v1/tokens", "/tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +39,15 @@ class RefusedError(Exception):
     """The request carries no token that stands."""
 
 
+# Who sent the request that is being answered: what the head of every page says.
+current_caller: ContextVar[Caller | None] = ContextVar("current_caller", default=None)
+
+
 def needed(method: str, path: str) -> Scope | None:
     """Return the scope that a request needs, None for what is open; whatever is not listed here needs `admin`."""
     if path.startswith(_OPEN):
         return None
-    if path.startswith("/v1/audit"):
+    if path.startswith(_ADMINS):
         return Scope.ADMIN
     if method in ("GET", "HEAD") or (method == "POST" and path == "/v1/answers"):
         return Scope.READ
@@ -65,23 +73,36 @@ class Callers:
     def _fall_behind(self) -> None:
         self._behind = True
 
-    def identify(self, authorization: bytes | None, address: str, *, browser: bool) -> Caller:
-        """Return who sent a request, which `browser` may also say by the password of Basic. Raises RefusedError."""
+    def identify(
+        self, authorization: bytes | None, address: str, *, looks: bool = False, cookies: bytes | None = None
+    ) -> Caller:
+        """Return who sent a request. Raises RefusedError.
+
+        One that only `looks` may also say it by the password of Basic, or by the session of a browser.
+        """
         if self._behind:
             self.refresh()
         if self._known and not self._tokens and not self._required:
             return Caller(f"anonymous@{address}", address, None)
-        kind, _, sent = (authorization or b"").partition(b" ")
-        text = sent.strip().decode("latin-1")
-        if kind.lower() == b"basic" and browser:
-            text = _password(text)
-        elif kind.lower() != b"bearer":
-            raise RefusedError
-        found = tokens.split(text)
-        token = self._tokens.get(found[0]) if found else None
-        if found is None or token is None or not token.valid(found[1], now()):
+        token = None
+        if authorization is None and looks and cookies is not None:
+            token = browser_session.token_of(cookies, self._tokens, now())
+        else:
+            kind, _, sent = (authorization or b"").partition(b" ")
+            text = sent.strip().decode("latin-1")
+            if kind.lower() == b"bearer":
+                token = self.token_of(text)
+            elif kind.lower() == b"basic" and looks:
+                token = self.token_of(_password(text))
+        if token is None:
             raise RefusedError
         return Caller(token.name, token.id, token)
+
+    def token_of(self, text: str) -> Token | None:
+        """Return the token that a bearer wrote as `text`; None where there is none that stands."""
+        found = tokens.split(text)
+        token = self._tokens.get(found[0]) if found else None
+        return token if found and token and token.valid(found[1], now()) else None
 
     def refresh(self) -> None:
         """Read the tokens again; where the database is away, those that stood go on."""

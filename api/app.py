@@ -2,24 +2,25 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 import tilewise
 from tilewise.db.session import Database
 from tilewise.db.signature import Signer
 
-from . import answers, dashboard, errors, health, jobs, lists, snapshots, usage
+from . import answers, assets, errors, health, jobs, lists, snapshots, tokens, usage
 from .access import Callers
 from .answer_book import AnswerBook
 from .gate import Gate
 from .metrics import Metrics
+from .pages.final_book import FinalBook
+from .pages.routes import ROUTERS
+from .points import PointBook
 from .settings import ServiceSettings
 
 
@@ -46,7 +47,8 @@ class Service(FastAPI):
 def create_app(database: Database, settings: ServiceSettings | None = None) -> FastAPI:
     """Return the service over an open database, which stays the caller's to close.
 
-    It refuses to start (DatabaseError, SchemaVersionError) on a database that it could not serve from.
+    It refuses to start (DatabaseError, SchemaVersionError) on a database that it could not serve from, and
+    (SettingsError) without plotly's package.
     """
     app = Service(
         title="tilewise",
@@ -58,10 +60,13 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         redoc_url=None,
     )
     settings = settings or ServiceSettings()
+    assets.assets()
     app.state.database = database
     app.state.answer_book = AnswerBook(database)
     app.state.callers = Callers(database, required=settings.require_tokens)
+    app.state.points = PointBook()
     app.state.metrics = Metrics(database)
+    app.state.final_book = FinalBook(database)
     app.state.signer = None if settings.signing_key is None else Signer(settings.signing_key)
     errors.install(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=1)
@@ -72,9 +77,10 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
         metrics=app.state.metrics,
         settings=settings,
     )
-    for module in (answers, jobs, snapshots, lists, usage, health, dashboard):
+    for module in (answers, jobs, snapshots, lists, usage, tokens, health, assets):
         app.include_router(module.router)
-    app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")), name="static")
+    for router in ROUTERS:
+        app.include_router(router)
     return app
 
 

@@ -15,6 +15,7 @@ from .access import Caller
 from .answer_book import AnswerBook
 from .errors import ParameterError
 from .metrics import Metrics
+from .points import PointBook
 
 
 def _database(request: Request) -> Database:
@@ -24,6 +25,11 @@ def _database(request: Request) -> Database:
 
 def _answer_book(request: Request) -> AnswerBook:
     found: AnswerBook = request.app.state.answer_book
+    return found
+
+
+def _points(request: Request) -> PointBook:
+    found: PointBook = request.app.state.points
     return found
 
 
@@ -123,6 +129,7 @@ def _about_problem(
 
 DatabaseOfApp = Annotated[Database, Depends(_database)]
 AnswerBookOfApp = Annotated[AnswerBook, Depends(_answer_book)]
+PointsOfApp = Annotated[PointBook, Depends(_points)]
 MetricsOfApp = Annotated[Metrics, Depends(_metrics)]
 SignerOfApp = Annotated[Signer | None, Depends(_signer)]
 Actor = Annotated[str, Depends(_actor)]

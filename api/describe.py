@@ -2,14 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
-from tilewise.db.answers import ListedAnswer
+from tilewise.db.answer_lists import WON, ListedAnswer
 from tilewise.domain.config import Candidate, Plan
 from tilewise.domain.problem import Pass, Precision, Problem
 
 NOTHING = "\N{EN DASH}"
 FULL_BAR = 4.0  # a speed-up that fills its bar
+# Those that style.css has a colour for.
+BACKENDS = (
+    "triton", "triton_decode", "cpu_tiled", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "plain",
+    "flex", "flex_cpu", "flash", "flash_cute",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,51 +28,63 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the table, every figure ready to be shown."""
+    """One line of a table of answers, every figure ready to be shown.
+
+    `worth` and `tuned` are the speed-ups over torch's own choice and over the default config; `won` says whether the
+    first is more than nothing, `bar` is its length in percent. `outdated` says why the answer is stale, if it is.
+    """
 
     title: str
     sizes: str
     problem_key: str
     device_key: str
+    link: str
     parts: tuple[Part, ...]
     expected: str
     interval: str
     baseline: str
-    speedup: str
-    faster: bool
-    bar: int
     tflops: str
+    worth: str
+    won: bool
+    bar: int
+    tuned: str
+    outdated: tuple[str, ...]
     trials: str
     failed: int
-    measured: str
-    measured_iso: str
-    version: int
+    noise: str
+    measured: datetime
 
 
 def row(listed: ListedAnswer) -> Row:
-    """Return what the table shows of an answer."""
+    """Return what a table shows of an answer."""
     answer, evidence = listed.answer, listed.answer.evidence
     speedup = answer.speedup
-    measured = evidence.measured if evidence else listed.updated
     return Row(
         title=title(answer.problem),
         sizes=sizes(answer.problem),
         problem_key=answer.problem.key,
         device_key=answer.device_key,
-        parts=_parts(answer.plan),
+        link=link(answer.device_key, answer.problem),
+        parts=parts(answer.plan),
         expected=figure(answer.expected_ms),
         interval="" if answer.interval is None else " to ".join(figure(side) for side in answer.interval),
         baseline=figure(answer.baseline_ms),
-        speedup=NOTHING if speedup is None else f"{speedup:.2f}\N{MULTIPLICATION SIGN}",
-        faster=speedup is not None and speedup >= 1.005,
+        tflops=figure(tflops(answer.problem, listed.forward_flops, answer.expected_ms)),
+        worth=factor(speedup),
+        won=speedup is not None and speedup >= WON,
         bar=0 if speedup is None else round(100 * min(max(speedup, 0) / FULL_BAR, 1)),
-        tflops=figure(_tflops(answer.problem, listed.forward_flops, answer.expected_ms)),
+        tuned=factor(answer.default_speedup),
+        outdated=listed.outdated,
         trials=f"{evidence.trials:,}" if evidence else NOTHING,
         failed=evidence.failed if evidence else 0,
-        measured=_moment(measured),
-        measured_iso=measured.astimezone(UTC).isoformat(timespec="seconds"),
-        version=answer.version,
+        noise=percent(evidence.noise) if evidence else "",
+        measured=evidence.measured if evidence else listed.updated,
     )
+
+
+def link(device_key: str, problem: Problem) -> str:
+    """Return the address of a problem's page; both keys are made of characters that need no quoting."""
+    return f"/problems/{device_key}/{problem.key}"
 
 
 def title(problem: Problem) -> str:
@@ -115,7 +132,29 @@ def figure(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _tflops(problem: Problem, forward_flops: float, expected_ms: float | None) -> float | None:
+def milliseconds(value: float | None) -> str:
+    """Return a time with its unit: `0.418 ms`; a dash for None."""
+    shown = figure(value)
+    return shown if shown == NOTHING else f"{shown} ms"
+
+
+def factor(value: float | None) -> str:
+    """Return how many times faster: `3.00x`; a dash for None."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def percent(share: float) -> str:
+    """Return a share with two significant digits: `0.35%`."""
+    return f"{100 * share:.2g}%"
+
+
+def backend_class(backend: str) -> str:
+    """Return the name of a backend's colour, as a CSS class and, behind `--`, as a variable of style.css."""
+    return f"backend-{backend.replace('_', '-')}" if backend in BACKENDS else "backend-other"
+
+
+def tflops(problem: Problem, forward_flops: float, expected_ms: float | None) -> float | None:
+    """Return 10^12 operations a second of a forward pass, None where they cannot be told."""
     # What a training step counts is a convention; only the forward's operations are beyond dispute. Those of varlen
     # depend on lengths that a problem does not have.
     if problem.pass_ is not Pass.INFERENCE or problem.varlen or not expected_ms:
@@ -123,7 +162,8 @@ def _tflops(problem: Problem, forward_flops: float, expected_ms: float | None) -
     return forward_flops / expected_ms / 1e9
 
 
-def _parts(plan: Plan) -> tuple[Part, ...]:
+def parts(plan: Plan) -> tuple[Part, ...]:
+    """Return the candidates of a plan, each with what it is for."""
     if plan.backward is None:
         return (_part("", plan.forward),)
     return _part("forward", plan.forward), _part("backward", plan.backward)
@@ -133,7 +173,3 @@ def _part(role: str, candidate: Candidate) -> Part:
     several = len(candidate.configs) > 1
     configs = tuple(f"{name}: {config}" if several else str(config) for name, config in candidate.configs)
     return Part(role=role, backend=candidate.backend, configs=configs)
-
-
-def _moment(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M")

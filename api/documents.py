@@ -58,12 +58,16 @@ def _read(kind: Any, value: Any) -> Any:
     return value
 
 
+def cursor_behind(page: Page[T]) -> str | None:
+    """Return the cursor of what comes behind a page; None at the end."""
+    if page.next is None:
+        return None
+    return base64.b64encode(codec.canonical(list(page.next)), altchars=b"-_").decode()
+
+
 def listed(page: Page[T]) -> Response:
     """Return a page as the response of a list."""
-    following = None
-    if page.next is not None:
-        following = base64.b64encode(codec.canonical(list(page.next)), altchars=b"-_").decode()
-    return written({"items": page.items, "next": following})
+    return written({"items": page.items, "next": cursor_behind(page)})
 
 
 def written(document: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -314,3 +318,35 @@ class AuditEntry(BaseModel):
     action: str
     subject: str
     detail: str
+
+
+class TokenDocument(BaseModel):
+    """A token without its secret. The scope `admin` allows everything."""
+
+    id: str
+    name: str
+    scopes: list[Literal["read", "report", "tune", "admin"]]
+    created: datetime
+    expires: datetime | None
+    revoked: datetime | None
+
+
+class Tokens(BaseModel):
+    items: list[TokenDocument]
+
+
+class NewToken(BaseModel):
+    """Whose token it is, what it allows, and after how many days it ends; null for never."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "ci", "scopes": ["read", "report"], "days": 90}})
+
+    name: str = Field(max_length=200, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")
+    scopes: list[Literal["read", "report", "tune", "admin"]] = Field(min_length=1, max_length=4)
+    days: int | None = Field(default=None, ge=1, le=36_500)
+
+
+class MadeToken(BaseModel):
+    """A new token; `secret` is what its bearer sends, and is told once."""
+
+    token: TokenDocument
+    secret: str

@@ -1,4 +1,5 @@
-"""Every error as RFC 9457 problem+json with a stable `type`; one function renders them all."""
+"""Every error as RFC 9457 problem+json with a stable `type`, and to a browser at the dashboard as a page; one function
+renders them all."""
 
 import http
 import logging
@@ -9,7 +10,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from tilewise.domain.errors import (
     ConflictError,
@@ -20,6 +22,8 @@ from tilewise.domain.errors import (
     SettingsError,
     TilewiseError,
 )
+
+from .pages import templating
 
 MEDIA_TYPE = "application/problem+json"
 _log = logging.getLogger("tilewise.api")
@@ -60,6 +64,13 @@ _TITLES = {
     "database-unavailable": "The database cannot be used",
     "internal-error": "The service made a mistake",
 }
+# What to do about it, for people at the dashboard.
+_ADVICE = {
+    403: "Sign in with a token that has the scope; whoever runs this service makes it: tilewise tokens create",
+    404: "It may have been renamed, or never tuned. Search the problems for it.",
+    429: "Wait a moment, then load the page again.",
+    503: "Load the page again in a moment. Training jobs go on with the answers that they hold.",
+}
 
 
 def install(app: FastAPI) -> None:
@@ -98,25 +109,45 @@ def describe(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-async def render(_request: Request, error: Exception) -> JSONResponse:
+async def render(request: Request, error: Exception) -> Response:
     """Return the response that tells of `error`."""
     status, name, detail, field = _describe(error)
-    return problem(status, name, detail, field, headers=getattr(error, "headers", None))
+    return problem(request.scope, status, name, detail, field, headers=getattr(error, "headers", None))
 
 
 def problem(
-    status: int, name: str, detail: str, field: str | None = None, *, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    """Return a problem+json response; `name` is the end of its type and never changes."""
+    scope: Scope,
+    status: int,
+    name: str,
+    detail: str,
+    field: str | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Return a response that tells of an error: a page for a browser that asked for one, else problem+json."""
+    title = _TITLES.get(name) or http.HTTPStatus(status).phrase
+    if wants_page(scope):
+        made = templating.page(
+            "error.html", path="", status=status, code=status, title=title, detail=detail, advice=_ADVICE.get(status)
+        )
+        made.headers.update(headers or {})
+        return made
     document: dict[str, object] = {
         "type": f"urn:tilewise:error:{name}",
-        "title": _TITLES.get(name) or http.HTTPStatus(status).phrase,
+        "title": title,
         "status": status,
         "detail": detail,
     }
     if field is not None:
         document["field"] = field
     return JSONResponse(document, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def wants_page(scope: Scope) -> bool:
+    """Return whether a browser asked for a page of the dashboard."""
+    if scope["path"].startswith("/v1/"):
+        return False
+    return any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])
 
 
 def _describe(error: Exception) -> tuple[int, str, str, str | None]:

@@ -15,11 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewise.domain.token import Scope as Scopes
 
-from .access import Caller, Callers, RefusedError, needed
+from .access import Caller, Callers, RefusedError, current_caller, needed
 from .answer_book import AnswerBook, Reply
-from .errors import problem
+from .errors import problem, wants_page
 from .limits import RateLimit
 from .metrics import Metrics
+from .pages import sign_in
 from .security import HEADERS
 from .settings import ServiceSettings
 
@@ -90,37 +91,42 @@ class Gate:
         await (refusal or self._app)(scope, body.receive, outcome.watch(send, body))
         if body.too_large and not outcome.started:
             body.too_large = False
-            await _too_large(self._settings.max_body)(scope, receive, outcome.watch(send, body))
+            await _too_large(scope, self._settings.max_body)(scope, receive, outcome.watch(send, body))
 
     def _admit(
         self, scope: Scope, headers: Headers, scope_needed: Scopes | None
     ) -> tuple[Caller | None, Respond | None]:
         """Return who asks and None, or a response that refuses the request."""
-        method, path = scope["method"], scope["path"]
+        method = scope["method"]
         address = scope["client"][0] if scope.get("client") else "unknown"
         if scope_needed is None:
             caller = Caller(f"anonymous@{address}", address, None)
         else:
             try:
-                authorization = headers.get(b"authorization")
-                caller = self._callers.identify(authorization, address, browser=method in ("GET", "HEAD"))
+                caller = self._callers.identify(
+                    headers.get(b"authorization"),
+                    address,
+                    looks=method in ("GET", "HEAD"),
+                    cookies=headers.get(b"cookie"),
+                )
             except RefusedError:
                 # refused ones count too, or secrets could be tried without end
                 wait = self._limit.wait(f"refused {address}")
-                return None, _too_many(wait) if wait else _unauthorized(api=path.startswith("/v1/"))
+                return None, _too_many(scope, wait) if wait else _unauthorized(scope)
+            current_caller.set(caller)
             if not caller.allows(scope_needed):
-                detail = f"this token lacks the scope {scope_needed!r}; ask for one that has it"
-                return caller, problem(403, "forbidden", detail)
+                detail = f"this token lacks the scope '{scope_needed}'; ask for one that has it"
+                return caller, problem(scope, 403, "forbidden", detail)
             if caller.token is None and not self._settings.any_host and not _HOST.fullmatch(headers.get(b"host", b"")):
                 detail = "without a token this service is asked by its address, not by a name of another domain"
-                return caller, problem(403, "forbidden", detail)
+                return caller, problem(scope, 403, "forbidden", detail)
         wait = self._limit.wait(caller.key)
         if wait:
-            return caller, _too_many(wait)
+            return caller, _too_many(scope, wait)
         length = headers.get(b"content-length")
         if length is None or (length.isdigit() and len(length) < 19 and int(length) <= self._settings.max_body):
             return caller, None
-        return caller, _too_large(self._settings.max_body)
+        return caller, _too_large(scope, self._settings.max_body)
 
     async def _send(self, reply: Reply, send: Send, outcome: "_Outcome", *, same: bool) -> None:
         if reply.match:
@@ -184,18 +190,22 @@ class _Body:
         return message
 
 
-def _unauthorized(*, api: bool) -> Respond:
-    # a browser asks its user for name and password on Basic: the password is the token
-    challenge = 'Bearer realm="tilewise"' if api else 'Basic realm="tilewise: a token as the password", charset="UTF-8"'
+def _unauthorized(scope: Scope) -> Respond:
+    if wants_page(scope):
+        return sign_in.form(sign_in.place(scope), status=401)
+    # curl and the like know Basic: the password is the token
+    basic = 'Basic realm="tilewise: a token as the password", charset="UTF-8"'
+    challenge = 'Bearer realm="tilewise"' if scope["path"].startswith("/v1/") else basic
     detail = "send a token that stands: Authorization: Bearer tw_...; `tilewise tokens create` makes one"
-    return problem(401, "unauthorized", detail, headers={"WWW-Authenticate": challenge})
+    return problem(scope, 401, "unauthorized", detail, headers={"WWW-Authenticate": challenge})
 
 
-def _too_many(wait: float) -> Respond:
+def _too_many(scope: Scope, wait: float) -> Respond:
     headers = {"Retry-After": str(int(wait) + 1)}
-    return problem(429, "too-many-requests", f"too many requests: try again in {wait:.1f} s", headers=headers)
+    return problem(scope, 429, "too-many-requests", f"too many requests: try again in {wait:.1f} s", headers=headers)
 
 
-def _too_large(most: int) -> Respond:
+def _too_large(scope: Scope, most: int) -> Respond:
     # the rest of the body is still on its way: the connection cannot be used again
-    return problem(413, "content-too-large", f"the body has more than {most} bytes", headers={"Connection": "close"})
+    headers = {"Connection": "close"}
+    return problem(scope, 413, "content-too-large", f"the body has more than {most} bytes", headers=headers)

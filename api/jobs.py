@@ -103,11 +103,14 @@ def _watched(
     last_event_id: Annotated[
         str | None, Header(max_length=20, description="The id of the last event that arrived: go on behind it.")
     ] = None,
+    after: Annotated[
+        int, Query(ge=0, lt=2**63, description="The same, for who cannot send the header; that one goes first.")
+    ] = 0,
 ) -> tuple[str, int]:
     """Look before the stream begins: later there is no status to answer with."""
     if last_event_id is not None and not (last_event_id.isascii() and last_event_id.isdigit()):
         raise ParameterError("last-event-id", "expected the id of an event, a whole number")
-    after = int(last_event_id or 0)
+    after = int(last_event_id or after)
     if after >= 2**63:
         raise ParameterError("last-event-id", "expected the id of an event, a whole number below 2**63")
     _job(database, job_id)

@@ -62,8 +62,8 @@ _ANSWER: dict[str, Any] = {
         "measured": "2026-01-31T12:00:00Z",
         "reference": _SDPA,
         "finalists": [
-            {"candidate": _CANDIDATE, "measurement": _measured(0.5, 0.5)},
-            {"candidate": _SDPA, "measurement": _measured(1.0, 1.0)},
+            {"candidate": _CANDIDATE, "measurement": _measured(0.5, 0.5), "default": False},
+            {"candidate": _SDPA, "measurement": _measured(1.0, 1.0), "default": True},
         ],
         "noise": 0.004,
         "trials": 80,
@@ -127,6 +127,7 @@ class Measurement(BaseModel):
 class Finalist(BaseModel):
     candidate: Candidate
     measurement: Measurement
+    default: bool = Field(description="Whether it is the config that its backend has without any search.")
 
 
 class Evidence(BaseModel):

@@ -4,19 +4,20 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from tilewise.db.demand import DemandRepository
+from tilewise.db.pins import PinRepository
 from tilewise.db.snapshots import SnapshotRepository
 from tilewise.domain.answer import Match
 from tilewise.domain.usage import Usage, Use
 
 from . import documents
-from .dependencies import DatabaseOfApp, checked_device, checked_problem
+from .dependencies import Actor, DatabaseOfApp, checked_device, checked_problem
 from .errors import responses
 
 router = APIRouter(prefix="/v1/usage", tags=["usage"])
 
 
 @router.post("", status_code=204, responses=responses(422, 500, 503), summary="Report what was used and missed")
-def report(usage: documents.UsageReport, database: DatabaseOfApp) -> Response:
+def report(usage: documents.UsageReport, database: DatabaseOfApp, actor: Actor) -> Response:
     """Counts are added to those of other reports. A client sends each batch once: one that gets lost is not missed."""
     uses = tuple(
         Use(problem=checked_problem(use.problem, f"uses.{number}.problem"), match=Match(use.match), calls=use.calls)
@@ -27,4 +28,5 @@ def report(usage: documents.UsageReport, database: DatabaseOfApp) -> Response:
         DemandRepository(session).add(found)
         if found.snapshot is not None:
             SnapshotRepository(session).note_use(found.snapshot)
+            PinRepository(session).add(found.snapshot, found.device_key, actor)
     return Response(status_code=204)

@@ -18,7 +18,7 @@ from tilewise.layers import session
 from tilewise.tuner.timing import clock_for
 
 from . import core_report
-from .page_answers import answers_of
+from .core_answers import answers_of
 from .page_records import BACKENDS, PageRow
 from .page_report import PageReport, Spoilt, opened, write
 from .page_row import MESSAGE_LIMIT, Shared, SpoiltError, free_bytes, gib, measure, needed_bytes, without_room

@@ -15,7 +15,7 @@ def load(kind: type[Report], path: Path, *, command: str) -> Report:
     """Return the report at `path`. Raises SettingsError where there is none that `command` wrote."""
     try:
         return codec.from_json(kind, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is no report of `{command}` ({error}); name another file") from error
 
 

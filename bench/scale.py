@@ -99,7 +99,15 @@ def pages(client: TestClient, size: Size) -> dict[str, float]:
     asked += [cursor_at(path, [0.75, 0]) for path in medians]
     asked += [f"/v1/problems?limit=200{one}" for one in ("", "&q=h320", "&head_dim=128", "&order=-key", "&q=nothing")]
     asked += [f"/v1/jobs?limit=200{one}" for one in ("", "&state=queued", "&state=failed", f"&device={OTHER}")]
-    asked += ["/v1/devices?limit=200", "/v1/snapshots", "/v1/demand", "/", "/?q=h320&sort=speedup&page=9", "/?page=150"]
+    asked += [
+        "/v1/devices?limit=200",
+        "/v1/snapshots",
+        "/v1/demand",
+        "/",
+        "/problems",
+        "/problems?q=h320&sort=speedup&page=9",
+        "/problems?page=150",
+    ]
     found = {}
     for path in asked:
         runs = []

@@ -11,7 +11,21 @@ import typer
 from tilewise import __version__
 from tilewise.domain.errors import ConfigError, ProblemError, SettingsError, TilewiseError
 
-from .commands import answer, bench, database, doctor, jobs, landscape, serve, show, snapshot, tokens, tune, worker
+from .commands import (
+    answer,
+    attempt,
+    bench,
+    database,
+    doctor,
+    jobs,
+    landscape,
+    serve,
+    show,
+    snapshot,
+    tokens,
+    tune,
+    worker,
+)
 from .console import err, out
 
 USAGE_ERRORS = (ProblemError, SettingsError, ConfigError)
@@ -41,6 +55,7 @@ def _root(
 
 app.command("doctor")(doctor.doctor)
 app.command("tune")(tune.tune)
+app.command("try")(attempt.attempt)
 app.command("answer")(answer.answer)
 app.command("show")(show.show)
 app.command("serve")(serve.serve)

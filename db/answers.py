@@ -1,16 +1,14 @@
-"""Answers: the standing answer of every tuned problem, its history, and snapshots of all."""
+"""Answers: the standing answer of every tuned problem, its history, and snapshots of all; answer_lists.py for lists."""
 
 import dataclasses
-import enum
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, cast, func, insert, select, update
+from sqlalchemy import ColumnElement, Text, cast, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from tilewise.domain import codec, transfer
@@ -23,54 +21,11 @@ from tilewise.domain.snapshot import Snapshot
 from tilewise.domain.trial import now
 
 from . import references
-from .models import AnswerChangeRow, AnswerRow, ProblemRow
+from .answer_lists import kernels_of
+from .models import AnswerChangeRow, AnswerRow
 
 # "answers!" in ASCII: any constant that is the same in every process.
 _CHANGES_LOCK = int.from_bytes(b"answers!")
-
-
-class Sort(enum.StrEnum):
-    """What a list of answers can be sorted by."""
-
-    PROBLEM = "problem"
-    DEVICE = "device"
-    BACKEND = "backend"
-    EXPECTED = "expected"
-    BASELINE = "baseline"
-    SPEEDUP = "speedup"
-    TFLOPS = "tflops"
-    TRIALS = "trials"
-    MEASURED = "measured"
-
-
-_COLUMNS: dict[Sort, ColumnElement[Any]] = {
-    Sort.PROBLEM: AnswerRow.problem_key.expression,
-    Sort.DEVICE: AnswerRow.device_key.expression,
-    Sort.BACKEND: AnswerRow.backend.expression,
-    Sort.EXPECTED: AnswerRow.expected_ms.expression,
-    Sort.BASELINE: AnswerRow.baseline_ms.expression,
-    Sort.SPEEDUP: AnswerRow.baseline_ms / AnswerRow.expected_ms,
-    Sort.TFLOPS: ProblemRow.forward_flops / AnswerRow.expected_ms,
-    Sort.TRIALS: AnswerRow.trials.expression,
-    Sort.MEASURED: AnswerRow.measured.expression,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListedAnswer:
-    """A standing answer in a list. `forward_flops` are those of its problem, `updated` when this version came."""
-
-    answer: Answer
-    forward_flops: float
-    updated: datetime
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerPage:
-    """Some of the answers that a list asked for; `total` counts all of them."""
-
-    answers: tuple[ListedAnswer, ...]
-    total: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +113,10 @@ class AnswerRepository:
             "updated": now(),
             "document": document,
             "backend": kept.plan.forward.backend,
+            "kernels": kernels_of(kept.plan),
             "expected_ms": kept.expected_ms,
             "baseline_ms": kept.baseline_ms,
+            "default_speedup": kept.default_speedup,
             "trials": kept.evidence.trials if kept.evidence else 0,
             "measured": kept.evidence.measured if kept.evidence else None,
         }
@@ -209,45 +166,15 @@ class AnswerRepository:
             for document, reason, changed in self._session.execute(query)
         )
 
-    def page(
-        self,
-        *,
-        search: str = "",
-        sort: Sort = Sort.MEASURED,
-        descending: bool = True,
-        offset: int = 0,
-        limit: int = 50,
-    ) -> AnswerPage:
-        """Return a sorted stretch of the answers whose problem, device or backend holds every word of `search`.
-
-        Answers without the value sorted by come last in either direction.
-        """
-        matching = _matching(search)
-        total = self._session.scalar(select(func.count()).select_from(matching.subquery()))
-        column = _COLUMNS[sort]
-        order = (
-            (column.desc() if descending else column.asc()).nulls_last(),
-            AnswerRow.device_key,
-            AnswerRow.problem_key,
-        )
-        # the page by its keys first: sorting whole documents takes ten times as long
-        keys = matching.order_by(*order).offset(offset).limit(limit).subquery()
-        rows = self._session.execute(
-            select(AnswerRow.document, AnswerRow.updated, ProblemRow.forward_flops)
-            .join(
-                keys,
-                (keys.c.device_key == AnswerRow.device_key) & (keys.c.problem_key == AnswerRow.problem_key),
+    def newest_changes(self, limit: int) -> tuple[AnswerChange, ...]:
+        """Return what changed last of all answers, the newest first."""
+        query = select(AnswerChangeRow.document, AnswerChangeRow.reason, AnswerChangeRow.changed)
+        return tuple(
+            AnswerChange(answer=codec.from_json(Answer, document), reason=reason, changed=changed)
+            for document, reason, changed in self._session.execute(
+                query.order_by(AnswerChangeRow.id.desc()).limit(limit)
             )
-            .join(ProblemRow, ProblemRow.key == AnswerRow.problem_key)
-            .order_by(*order)
         )
-        listed = tuple(
-            ListedAnswer(
-                answer=codec.from_json(Answer, row.document), forward_flops=row.forward_flops, updated=row.updated
-            )
-            for row in rows
-        )
-        return AnswerPage(answers=listed, total=total or 0)
 
     def snapshot(self, device_key: str | None = None) -> Snapshot:
         """Return the standing answers of all devices as a snapshot; or of one, with those of others that predict it.
@@ -280,15 +207,3 @@ def _check_justified(new: Answer, standing: Answer | None) -> None:
 
 def _about(device_key: str, problem: Problem) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return AnswerRow.device_key == device_key, AnswerRow.problem_key == problem.key
-
-
-def _matching(search: str) -> Select[str, str]:
-    query = select(AnswerRow.device_key, AnswerRow.problem_key).join(
-        ProblemRow, ProblemRow.key == AnswerRow.problem_key
-    )
-    text = func.lower(AnswerRow.problem_key + " " + AnswerRow.device_key + " " + AnswerRow.backend)
-    # control characters (PostgreSQL refuses NUL) separate words like spaces do
-    for word in re.split(r"[\s\x00-\x1f]+", search.lower()):
-        if word:
-            query = query.where(text.contains(word, autoescape=True))
-    return query

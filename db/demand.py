@@ -10,7 +10,7 @@ from tilewise.domain.answer import Match
 from tilewise.domain.device_gap import device_gap
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import now
-from tilewise.domain.usage import NEAR_LOSS, STALE_LOSS, UNKNOWN_LOSS, Demand, Usage
+from tilewise.domain.usage import NEAR_LOSS, STALE_LOSS, UNKNOWN_LOSS, Demand, Saved, Usage
 
 from . import references
 from .models import AnswerRow, DemandRow, JobRow, ProblemRow
@@ -114,6 +114,24 @@ class DemandRepository:
             for one in self.list(device_key=device_key, limit=limit + len(asked))
             if one.lost_ms > 0 and (one.device_key, one.problem.key) not in asked
         )[:limit]
+
+    def saved(self) -> Saved:
+        """Return what standing answers saved against torch's own choice, by the calls that clients reported."""
+        won = DemandRow.calls * (AnswerRow.baseline_ms - AnswerRow.expected_ms)
+        query = (
+            select(func.sum(won), func.sum(DemandRow.calls), func.min(DemandRow.first))
+            .join(
+                AnswerRow,
+                (AnswerRow.device_key == DemandRow.device_key) & (AnswerRow.problem_key == DemandRow.problem_key),
+            )
+            .where(
+                DemandRow.match.in_((Match.EXACT, Match.STALE)),
+                AnswerRow.baseline_ms.is_not(None),
+                AnswerRow.expected_ms.is_not(None),
+            )
+        )
+        milliseconds, calls, since = self._session.execute(query).one()
+        return Saved(ms=float(milliseconds or 0), calls=int(calls or 0), since=since)
 
     def totals(self) -> dict[Match, int]:
         """Return all calls that were reported, by match."""

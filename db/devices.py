@@ -1,16 +1,20 @@
 """Devices and problems: what is known about each that was tuned, has answers or was asked about."""
 
+import math
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tilewise.domain import codec
 from tilewise.domain.device import Device
+from tilewise.domain.job import JobState
 from tilewise.domain.problem import Problem
 
 from . import paging, references
-from .models import DeviceRow, ProblemRow
+from .models import AnswerRow, DeviceRow, JobRow, ProblemRow
 from .paging import Page, Position
 
 
@@ -20,6 +24,26 @@ class ListedDevice:
 
     key: str
     device: Device | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSummary:
+    """What is known of a device, and what was done on it.
+
+    - answers, trials: its tuned problems, and the trials that their evidence rests on.
+    - speedup: geometric mean over the answers of torch's own time over the plan's, in the same final; None without any.
+    - measured: when its latest final was held.
+    - queued, running: its jobs.
+    """
+
+    key: str
+    device: Device | None
+    answers: int
+    trials: int
+    speedup: float | None
+    measured: datetime | None
+    queued: int
+    running: int
 
 
 class DeviceRepository:
@@ -54,6 +78,47 @@ class DeviceRepository:
             after=after,
             limit=limit,
         )
+
+    def summaries(self) -> tuple[DeviceSummary, ...]:
+        """Return all devices, those with most answers first."""
+        answers = self._session.execute(
+            select(
+                AnswerRow.device_key,
+                AnswerRow.baseline_ms,
+                AnswerRow.expected_ms,
+                AnswerRow.trials,
+                AnswerRow.measured,
+            )
+        )
+        found: dict[str, list[Any]] = {}
+        for row in answers:
+            found.setdefault(row.device_key, []).append(row)
+        open_jobs = select(JobRow.device_key, JobRow.state, func.count().label("number")).where(
+            JobRow.state.in_((JobState.QUEUED, JobState.RUNNING))
+        )
+        jobs = {
+            (row.device_key, row.state): row.number
+            for row in self._session.execute(open_jobs.group_by(JobRow.device_key, JobRow.state))
+        }
+        made = [
+            _summary(row.key, row.document, found.get(row.key, []), jobs)
+            for row in self._session.execute(select(DeviceRow.key, DeviceRow.document))
+        ]
+        return tuple(sorted(made, key=lambda one: (-one.answers, one.key)))
+
+
+def _summary(key: str, document: Any, answers: list[Any], jobs: dict[tuple[str, str], int]) -> DeviceSummary:
+    wins = [math.log(row.baseline_ms / row.expected_ms) for row in answers if row.baseline_ms and row.expected_ms]
+    return DeviceSummary(
+        key=key,
+        device=None if document is None else codec.from_json(Device, document),
+        answers=len(answers),
+        trials=sum(row.trials for row in answers),
+        speedup=math.exp(sum(wins) / len(wins)) if wins else None,
+        measured=max((row.measured for row in answers if row.measured), default=None),
+        queued=jobs.get((key, JobState.QUEUED), 0),
+        running=jobs.get((key, JobState.RUNNING), 0),
+    )
 
 
 class ProblemRepository:

@@ -240,17 +240,12 @@ class JobRepository:
     def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> tuple[JobEvent, ...]:
         """Return what happened to a job after the event of that id, in order."""
         query = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.id > after)
-        return tuple(
-            JobEvent(
-                id=row.id,
-                attempt=row.attempt,
-                state=JobState(row.state),
-                progress=row.progress,
-                message=row.message,
-                at=row.at,
-            )
-            for row in self._session.scalars(query.order_by(JobEventRow.id).limit(limit))
-        )
+        return tuple(_event(row) for row in self._session.scalars(query.order_by(JobEventRow.id).limit(limit)))
+
+    def latest(self, job_id: str, *, limit: int = 500) -> tuple[JobEvent, ...]:
+        """Return what happened to a job last, the newest first."""
+        query = select(JobEventRow).where(JobEventRow.job_id == job_id).order_by(JobEventRow.id.desc())
+        return tuple(_event(row) for row in self._session.scalars(query.limit(limit)))
 
     def _note(self, job_id: str) -> None:
         """Keep as an event what the job is now."""
@@ -299,4 +294,15 @@ def _record(row: Any) -> JobRecord:
         finished=row.finished,
         best=None if row.best_candidate is None else Candidate.from_json(row.best_candidate),
         best_ms=row.best_ms,
+    )
+
+
+def _event(row: JobEventRow) -> JobEvent:
+    return JobEvent(
+        id=row.id,
+        attempt=row.attempt,
+        state=JobState(row.state),
+        progress=row.progress,
+        message=row.message,
+        at=row.at,
     )

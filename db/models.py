@@ -19,6 +19,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -186,8 +187,11 @@ class AnswerRow(Base):
     updated: Mapped[datetime] = mapped_column(UtcDateTime)
     document: Mapped[Any] = mapped_column(Document)
     backend: Mapped[str] = mapped_column(Key)
+    # the kernels of its plan, `triton:hopper_forward triton:triton_dq`: what decides which software makes it stale
+    kernels: Mapped[str] = mapped_column(Text, server_default=text("''"))
     expected_ms: Mapped[float | None] = mapped_column(Double)
     baseline_ms: Mapped[float | None] = mapped_column(Double)
+    default_speedup: Mapped[float | None] = mapped_column(Double)
     trials: Mapped[int]
     measured: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
@@ -283,6 +287,19 @@ class DemandRow(Base):
     calls: Mapped[int] = mapped_column(BigInteger)
     reports: Mapped[int] = mapped_column(BigInteger)
     snapshot_id: Mapped[str | None] = mapped_column(Digest)
+    first: Mapped[datetime] = mapped_column(UtcDateTime)
+    last: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class PinRow(Base):
+    """Which snapshot ran on which device, and which token reported it. The snapshot may be none that is kept here."""
+
+    __tablename__ = "pins"
+
+    snapshot_id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    device_key: Mapped[str] = mapped_column(ForeignKey(DeviceRow.key), primary_key=True)
+    reporter: Mapped[str] = mapped_column(Key, primary_key=True)
+    reports: Mapped[int] = mapped_column(BigInteger)
     first: Mapped[datetime] = mapped_column(UtcDateTime)
     last: Mapped[datetime] = mapped_column(UtcDateTime)
 

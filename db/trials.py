@@ -139,11 +139,16 @@ class TrialRepository:
         if sort is TrialSort.MEDIAN:
             query = query.where(TrialRow.median_ms.is_not(None))
             columns = (TrialRow.median_ms.expression, *columns)
-        return paging.page(self._session, query, columns, _listed, descending=descending, after=after, limit=limit)
+        return paging.page(self._session, query, columns, listed_trial, descending=descending, after=after, limit=limit)
 
     def count(self, problem: Problem, device_key: str) -> dict[Outcome, int]:
         """Return how many trials ended in each outcome; an outcome that never came is left out."""
         query = select(TrialRow.outcome, func.count()).where(*_about(problem, device_key)).group_by(TrialRow.outcome)
+        return {Outcome(outcome): number for outcome, number in self._session.execute(query)}
+
+    def outcomes_of_job(self, job_id: str) -> dict[Outcome, int]:
+        """Return how many trials of a job ended in each outcome; an outcome that never came is left out."""
+        query = select(TrialRow.outcome, func.count()).where(TrialRow.job_id == job_id).group_by(TrialRow.outcome)
         return {Outcome(outcome): number for outcome, number in self._session.execute(query)}
 
     def finished(self, problem: Problem, device_key: str, software: Software) -> tuple[Trial, ...]:
@@ -171,7 +176,7 @@ def _about(problem: Problem, device_key: str) -> tuple[Any, Any]:
     return TrialRow.device_key == device_key, TrialRow.problem_key == problem.key
 
 
-def _listed(row: Any) -> ListedTrial:
+def listed_trial(row: Any) -> ListedTrial:
     return ListedTrial(id=row.id, problem=Problem.parse(row.problem_key), device_key=row.device_key, trial=_trial(row))
 
 

@@ -22,10 +22,11 @@ class Match(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finalist:
-    """One candidate's result in an interleaved final."""
+    """One candidate's result in an interleaved final; `default` where it is the config that its backend has unasked."""
 
     candidate: Candidate
     measurement: Measurement
+    default: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,3 +93,19 @@ class Answer:
         if self.evidence is None or self.expected_ms is None or self.baseline_ms is None:
             return None
         return self.baseline_ms / self.expected_ms
+
+    @property
+    def default_speedup(self) -> float | None:
+        """How many times faster than the default config of the forward's own backend in the same final.
+
+        None where that has no parameters, or its default was not in the final.
+        """
+        ratios = (
+            {found.candidate: found.measurement.ratio for found in self.evidence.finalists} if self.evidence else {}
+        )
+        won = ratios.get(self.plan.forward)
+        for found in self.evidence.finalists if self.evidence else ():
+            ratio = found.measurement.ratio
+            if found.default and found.candidate.backend == self.plan.forward.backend and ratio and won:
+                return ratio / won
+        return None

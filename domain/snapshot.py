@@ -13,6 +13,7 @@ from typing import Any, Self
 from . import codec
 from .answer import Answer, Match
 from .errors import SnapshotError
+from .problem import Problem
 
 SCHEMA = 1
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -140,3 +141,26 @@ class Snapshot:
 
     def for_device(self, device_key: str) -> Self:
         return type(self)(tuple(answer for answer in self.answers if answer.device_key == device_key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """An answer whose plan differs between two snapshots; None where one of them has none."""
+
+    device_key: str
+    problem: Problem
+    before: Answer | None
+    after: Answer | None
+
+
+def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
+    """Return what runs differently under `after` than under `before`, by device and problem."""
+    old, new = ({(one.device_key, one.problem.key): one for one in each.answers} for each in (before, after))
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        one = was or now
+        assert one is not None
+        if (was and was.plan) != (now and now.plan):
+            found.append(Difference(device_key=one.device_key, problem=one.problem, before=was, after=now))
+    return tuple(found)

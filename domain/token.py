@@ -42,10 +42,13 @@ class Token:
     def allows(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
+    def stands(self, at: datetime) -> bool:
+        """Return whether it is neither revoked nor expired at `at`."""
+        return self.revoked is None and (self.expires is None or at < self.expires)
+
     def valid(self, secret: str, at: datetime) -> bool:
         """Return whether `secret` is this token's and the token stands at `at`. Compares in constant time."""
-        same = hmac.compare_digest(digest(secret), self.digest)
-        return same and self.revoked is None and (self.expires is None or at < self.expires)
+        return hmac.compare_digest(digest(secret), self.digest) and self.stands(at)
 
 
 def digest(secret: str) -> str:

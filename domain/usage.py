@@ -55,3 +55,27 @@ class Demand:
     def lost_ms(self) -> float:
         """Estimated milliseconds of device time lost so far; 0 where nothing is known about the time of a call."""
         return self.missed * (self.expected_ms or 0.0) * self.loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What answers saved so far: device time in ms, over so many reported calls, since the first report of them.
+
+    Of each call that an exact or a stale answer served, what the standing answer's final won over torch's own choice.
+    """
+
+    ms: float
+    calls: int
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Who runs a snapshot: `reporter` is the name of the token that `reports` came with, from `first` to `last`."""
+
+    snapshot: str
+    device_key: str
+    reporter: str
+    reports: int
+    first: datetime
+    last: datetime

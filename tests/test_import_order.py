@@ -16,7 +16,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "layers": ({"domain", "kernels", "client"}, {"torch"}),
     "db": ({"domain"}, {"sqlalchemy", "alembic", "cryptography"}),
     "tuner": ({"domain", "kernels", "db"}, {"torch", "optuna", "numpy"}),
-    "api": ({"domain", "db"}, {"fastapi", "starlette", "pydantic", "jinja2", "uvicorn", "prometheus_client"}),
+    "api": (
+        {"domain", "db"},
+        {"fastapi", "starlette", "pydantic", "jinja2", "markupsafe", "uvicorn", "prometheus_client"},
+    ),
     "bench": (
         {"domain", "kernels", "layers", "tuner", "client", "db", "api"},
         {"torch", "matplotlib", "httpx", "sqlalchemy", "fastapi", "numpy", "scipy"},

@@ -289,6 +289,9 @@ class _Tuning:
                 self._ledger.add([trial])
                 hunt.tell(trial)
 
+    def _is_default(self, candidate: Candidate) -> bool:
+        return bool(candidate.configs) and candidate == self._default_of(candidate.backend)
+
     def _default_of(self, backend: str) -> Candidate:
         return backend_named(backend).default(self._problem, self._device)
 
@@ -317,6 +320,7 @@ class _Tuning:
                 standing=standing,
                 searched=searched,
                 previous=previous,
+                defaults=[found for found in finalists if self._is_default(found)],
             )
             assert answer.evidence is not None
             version = previous.version if previous else 0
@@ -379,11 +383,7 @@ class _Tuning:
         best = [trial.candidate for trial in ranked[: self._budget.finalists]]
         of_backends = {trial.candidate.backend: trial for trial in reversed(ranked)}.values()
         best += [trial.candidate for trial in of_backends if ratio_of(trial) < CONTENDER * ratio_of(ranked[0])]
-        defaults = [
-            trial.candidate
-            for trial in ranked
-            if trial.candidate.configs and trial.candidate == self._default_of(trial.candidate.backend)
-        ]
+        defaults = [trial.candidate for trial in ranked if self._is_default(trial.candidate)]
         standing_too = [standing] if standing is not None else []
         return tuple(dict.fromkeys([self._baseline, *standing_too, *defaults, *best]))
 

@@ -1,6 +1,8 @@
 """From the interleaved final to the answer: who won, by how much more than noise, and why."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 
 from tilewise.domain.answer import Answer, Evidence, Finalist, Match
 from tilewise.domain.config import Candidate, Plan
@@ -14,9 +16,9 @@ from .timing import Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searched:
-    """What the evidence says of the search before the final."""
+    """What the evidence says of the search before the final; `job` is None where no job of the database ran it."""
 
-    job: str
+    job: str | None
     trials: int
     failed: int
     seconds: float
@@ -32,23 +34,27 @@ def decide(
     standing: Candidate | None,
     searched: Searched,
     previous: Answer | None = None,
+    measured: datetime | None = None,
+    defaults: Collection[Candidate] = (),
 ) -> Answer:
-    """Return the answer that a final gives; `candidates[0]` is the reference of all ratios.
+    """Return the answer that a final gives, which was held at `measured` (None: now).
 
-    That is torch's own choice, or what stands in for it where it is wrong. The incumbent (the standing answer, else
-    the reference) stays unless the fastest beats it by more than the final's noise. `previous` is the answer that this
-    one follows: what it lost by now is kept where it is of other software.
+    `candidates[0]` is the reference of all ratios. Torch's own choice is among the candidates; where it is wrong, the
+    reference stands in for it. The incumbent (the standing answer, else torch's own choice) stays unless the fastest
+    beats it by more than the final's noise. `previous` is the answer that this one follows: what it lost by now is
+    kept where it is of other software. `defaults` are the candidates that their backends would run unasked.
     """
     ratios = {c: m.ratio or 1.0 for c, m in zip(candidates, final.measurements, strict=True)}
-    measured = dict(zip(candidates, final.measurements, strict=True))
-    baseline = candidates[0]
-    incumbent = standing if standing in measured else baseline
+    results = dict(zip(candidates, final.measurements, strict=True))
+    default = default_candidate(problem)
+    baseline = default if default in results else candidates[0]
+    incumbent = standing if standing in results else baseline
     ranked = sorted(candidates, key=lambda candidate: ratios[candidate])
     fastest = ranked[0]
-    margin = max(final.noise, measured[fastest].spread or 0.0, measured[incumbent].spread or 0.0)
+    margin = max(final.noise, results[fastest].spread or 0.0, results[incumbent].spread or 0.0)
     gain = 1 - ratios[fastest] / ratios[incumbent]
     winner = fastest if gain > margin else incumbent
-    won = measured[winner]
+    won = results[winner]
     return Answer(
         problem=problem,
         device_key=device_key,
@@ -60,13 +66,16 @@ def decide(
         interval=(won.p20_ms, won.p80_ms),
         regret=0.0,
         runner_up=next((candidate for candidate in ranked if candidate != winner), None),
-        baseline_ms=measured[baseline].median_ms,
+        baseline_ms=results[baseline].median_ms,
         stale_loss=None if previous is None else _stale_loss(previous, software, ratios, winner),
         evidence=Evidence(
             job=searched.job,
-            measured=now(),
-            reference=baseline,
-            finalists=tuple(Finalist(candidate=candidate, measurement=measured[candidate]) for candidate in ranked),
+            measured=measured or now(),
+            reference=candidates[0],
+            finalists=tuple(
+                Finalist(candidate=candidate, measurement=results[candidate], default=candidate in defaults)
+                for candidate in ranked
+            ),
             noise=final.noise,
             trials=searched.trials,
             failed=searched.failed,

@@ -15,11 +15,11 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """The tuned problems in a table."""
-    from tilewise.db.answers import AnswerRepository
+    from tilewise.db.answer_lists import AnswerFilter, AnswerListRepository
     from tilewise.db.session import Database
 
     with Database.open(database_url(db), upgrade=False) as database, database.read() as session:
-        page = AnswerRepository(session).page(search=search, limit=limit)
+        page = AnswerListRepository(session).page(AnswerFilter(search=search), limit=limit)
     answers = [listed.answer for listed in page.answers]
     if as_json:
         print_json({"answers": answers, "total": page.total})

@@ -121,6 +121,7 @@ def show(which: Which, db: Db = None, as_json: AsJson = False) -> None:
 def diff(before: Which, after: Which, db: Db = None, as_json: AsJson = False) -> None:
     """What runs differently under another snapshot."""
     from tilewise.db.session import Database
+    from tilewise.domain.snapshot import differences
 
     if Path(before).is_file() and Path(after).is_file():
         snapshots = [_read(Path(before)), _read(Path(after))]
@@ -129,20 +130,14 @@ def diff(before: Which, after: Which, db: Db = None, as_json: AsJson = False) ->
             snapshots = [
                 _read(Path(which)) if Path(which).is_file() else _load(database, which) for which in (before, after)
             ]
-    old, new = ({(one.device_key, one.problem.key): one for one in each.answers} for each in snapshots)
-    changed = [
-        (device, problem, old.get((device, problem)), new.get((device, problem)))
-        for device, problem in sorted(old.keys() | new.keys())
-    ]
     found = [
         {
-            "device_key": device,
-            "problem": problem,
-            "before": None if was is None else was.plan,
-            "after": None if now is None else now.plan,
+            "device_key": one.device_key,
+            "problem": one.problem.key,
+            "before": one.before and one.before.plan,
+            "after": one.after and one.after.plan,
         }
-        for device, problem, was, now in changed
-        if (None if was is None else was.plan) != (None if now is None else now.plan)
+        for one in differences(*snapshots)
     ]
     if as_json:
         print_json({"differences": found})

@@ -204,6 +204,8 @@ class TestDescription:
             "/v1/answers/{device_key}",
             "/v1/answers/{device_key}/{problem_key}",
             "/v1/audit",
+            "/v1/tokens",
+            "/v1/tokens/{token_id}",
             "/v1/channels",
             "/v1/channels/{name}",
             "/v1/channels/{name}/rollback",

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from tests.domain.examples import DEVICE, PROBLEM, answer
 
 from tilewise.api.app import create_app
+from tilewise.api.assets import asset_url
 from tilewise.api.log import JsonLines
 from tilewise.api.settings import ServiceSettings
 from tilewise.db.answers import AnswerRepository
@@ -52,6 +53,11 @@ class TestTokens:
             ("DELETE", "/v1/jobs/abc", None, Scope.TUNE, 404),
             ("POST", "/v1/snapshots", {}, Scope.ADMIN, 201),
             ("GET", "/v1/audit", None, Scope.ADMIN, 200),
+            ("GET", "/v1/tokens", None, Scope.ADMIN, 200),
+            ("POST", "/v1/tokens", {"name": "ci", "scopes": ["read"]}, Scope.ADMIN, 201),
+            ("DELETE", f"/v1/tokens/{'0' * 16}", None, Scope.ADMIN, 404),
+            ("GET", "/jobs", None, Scope.READ, 200),
+            ("GET", "/tokens", None, Scope.ADMIN, 200),
             ("PUT", "/v1/channels/stable", {"snapshot": "0" * 64}, Scope.ADMIN, 404),
             ("POST", "/v1/channels/stable/rollback", {}, Scope.ADMIN, 404),
         ],
@@ -85,7 +91,7 @@ class TestTokens:
         assert client.get(ONE, headers=good).status_code == 401
         # ended tokens do not open the service again
         assert client.get(ONE).status_code == 401
-        assert client.get("/healthz").status_code == client.get("/static/style.css").status_code == 200
+        assert client.get("/healthz").status_code == client.get(asset_url("style.css")).status_code == 200
 
     def test_a_browser_may_send_the_token_as_password_to_look_only(self, client: TestClient, sqlite: Database) -> None:
         password = token(sqlite, Scope.ADMIN)["Authorization"].removeprefix("Bearer ")
@@ -140,15 +146,16 @@ class TestLimits:
 
 
 class TestEveryResponse:
-    @pytest.mark.parametrize("path", [ONE, "/", "/v1/nothing", "/v1/jobs", "/static/style.css", "/metrics"])
+    @pytest.mark.parametrize("path", [ONE, "/", "/v1/nothing", "/v1/jobs", asset_url("style.css"), "/metrics"])
     def test_has_the_security_headers_and_an_id(self, client: TestClient, path: str) -> None:
         for _ in range(2):
             reply = client.get(path, headers={"X-Request-ID": "run-7"})
             assert reply.headers["x-request-id"] == "run-7"
             assert reply.headers["x-content-type-options"] == "nosniff"
-            assert reply.headers["referrer-policy"] == "no-referrer"
-            assert "script" not in reply.headers["content-security-policy"]
-            assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+            assert reply.headers["referrer-policy"] == "same-origin"
+            policy = reply.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; script-src 'self'; ")
+            assert "unsafe" not in policy
         made = {
             client.get(path, headers={"X-Request-ID": given}).headers["x-request-id"] for given in ("", "a b", "x" * 65)
         }

@@ -26,8 +26,10 @@ from tilewise.db.answers import AnswerRepository
 from tilewise.db.jobs import JobRepository
 from tilewise.db.session import Database
 from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
+from tilewise.db.tokens import TokenRepository
 from tilewise.db.trials import TrialRepository
 from tilewise.domain.job import BUDGETS
+from tilewise.domain.token import Scope
 from tilewise.domain.trial import Outcome, Stage, Trial
 
 EXAMPLES = int(os.environ.get("TILEWISE_SCHEMA_EXAMPLES", "12"))  # of each operation
@@ -40,8 +42,8 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
-    """A service that has something of everything."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FastAPI, str]]:
+    """A service that has something of everything, and a token that may do everything: requests make tokens, too."""
     folder: Path = tmp_path_factory.mktemp("schema")
     with Database.open(f"sqlite:///{folder / 'tilewise.db'}", upgrade=True) as database:
         with database.write() as session:
@@ -53,24 +55,29 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
                 candidate=TILED, stage=Stage.FORWARD, outcome=Outcome.OK, measurement=measurement(1.0, 0.5), job=job
             )
             TrialRepository(session).add(trial, problem=PROBLEM, device_key=DEVICE, software=SOFTWARE)
-        yield create_app(database, ServiceSettings(rate=0))
+            token = TokenRepository(session).create("test", (Scope.ADMIN,))[1]
+        yield create_app(database, ServiceSettings(rate=0)), token
 
 
-def test_every_request_is_answered_as_described(app: FastAPI) -> None:
+def test_every_request_is_answered_as_described(served: tuple[FastAPI, str]) -> None:
+    app, token = served
+    headers = {"Authorization": f"Bearer {token}"}
     # a stream of events does not end while its job waits: tests/api/test_resources.py reads them
-    document = schemathesis.openapi.from_asgi("/openapi.json", app).exclude(path_regex="/events$")
+    document = schemathesis.openapi.from_asgi("/openapi.json", app, headers=headers).exclude(path_regex="/events$")
     asked: dict[str, int] = {}
     for found in document.get_all_operations():
         assert isinstance(found, Ok), found
         operation = found.ok()
         for mode in GenerationMode:
-            ask(operation, mode, asked)
+            ask(operation, mode, asked, headers)
     assert len(asked) >= 20
     assert min(asked.values()) >= 1
     print(f"{sum(asked.values())} requests to {len(asked)} operations")
 
 
-def ask(operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, asked: dict[str, int]) -> None:
+def ask(
+    operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, asked: dict[str, int], headers: dict[str, str]
+) -> None:
     """Send requests of one operation that follow its description, or break it; raises where the answer does."""
 
     @given(operation.as_strategy(generation_mode=mode))
@@ -84,7 +91,7 @@ def ask(operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, asked
     )
     def send(case: schemathesis.Case[Any]) -> None:
         asked[operation.label] = asked.get(operation.label, 0) + 1
-        case.call_and_validate(checks=CHECKS)
+        case.call_and_validate(checks=CHECKS, headers=headers)
 
     try:
         send()

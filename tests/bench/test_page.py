@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tilewise.bench import baseline, core_report, page_plot, page_report, page_specs
-from tilewise.bench.page_answers import answers_of
+from tilewise.bench.core_answers import answers_of
 from tilewise.bench.page_records import BACKENDS, EXPLICIT, Cell, PageRow, Timing
 from tilewise.bench.page_specs import Chosen, Spec, specs
 from tilewise.bench.page_verdicts import verdicts

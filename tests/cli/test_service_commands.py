@@ -154,3 +154,23 @@ def test_a_worker_needs_no_torch_for_its_help(tmp_path: Path) -> None:
     code = "import sys; from tilewise.cli.main import app; assert 'torch' not in sys.modules"
     environment = {"PYTHONPATH": str(root / "src"), "HOME": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_a_core_benchmark_is_imported(run: Cli, tmp_path: Path) -> None:  # noqa: F811
+    report = Path(__file__).resolve().parents[2] / "bench" / "results" / "h200_core.json"
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    assert run("db", "import", str(report), "--db", url) == 0
+    assert re.fullmatch(r"nvidia-h200\.sm90\.141g\.700w: 40 rows, \d+ new trials, 40 new answers\n", run.out)
+    assert run("db", "import", str(report), "--db", url, "--json") == 0
+    assert json.loads(run.out)["answers"] == 0
+    assert run("db", "import", str(report), "--db", url) == 0
+    assert "this final is kept already" in run.out
+
+
+def test_a_bad_core_benchmark_makes_no_database(run: Cli, tmp_path: Path) -> None:  # noqa: F811
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    assert run("db", "import", str(bad), "--db", f"sqlite:///{tmp_path / 'new.db'}") == 2
+    assert run.err.startswith(f"tilewise: {bad} is no report of `tilewise bench core`")
+    assert run.err.count("\n") == 1
+    assert not (tmp_path / "new.db").exists()

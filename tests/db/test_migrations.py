@@ -1,13 +1,14 @@
 """The migrations build exactly what the models say, forth and back."""
 
 from alembic import command
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, inspect, select
 from tests.domain.examples import DEVICE, PROBLEM, SOFTWARE, TILED, answer
 
 from tilewise.db import address, schema
+from tilewise.db.answer_lists import kernels_of
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.jobs import JobRepository
-from tilewise.db.models import Base
+from tilewise.db.models import AnswerRow, Base
 from tilewise.db.session import Database
 from tilewise.db.trials import TrialRepository
 from tilewise.domain.job import BUDGETS, JobState
@@ -51,6 +52,7 @@ def test_what_the_first_schema_kept_is_kept(database: Database, database_url: st
     database.close()
     with Database.open(database_url, upgrade=True) as upgraded, upgraded.read() as session:
         assert AnswerRepository(session).get(DEVICE, PROBLEM) == answer()
+        assert session.scalars(select(AnswerRow.kernels)).all() == [kernels_of(answer().plan)]
         assert TrialRepository(session).list(PROBLEM, DEVICE) == (trial,)
         record = JobRepository(session).get(job.id)
     assert record is not None

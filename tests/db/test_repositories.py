@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from tests.domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer, measurement
 
-from tilewise.db.answers import AnswerRepository, Sort
+from tilewise.db.answer_lists import AnswerFilter, AnswerListRepository, Sort
+from tilewise.db.answers import AnswerRepository
 from tilewise.db.devices import DeviceRepository
 from tilewise.db.jobs import JobRepository
 from tilewise.db.references import MAX_TEXT
@@ -386,13 +387,13 @@ class TestPages:
     @pytest.mark.parametrize("descending", [False, True])
     def test_every_order_lists_everything(self, filled: Database, sort: Sort, descending: bool) -> None:
         with filled.read() as session:
-            page = AnswerRepository(session).page(sort=sort, descending=descending)
+            page = AnswerListRepository(session).page(sort=sort, descending=descending)
         assert page.total == len(page.answers) == 3
 
     @pytest.mark.parametrize("descending", [False, True])
     def test_what_has_no_value_comes_last(self, filled: Database, descending: bool) -> None:
         with filled.read() as session:
-            page = AnswerRepository(session).page(sort=Sort.EXPECTED, descending=descending)
+            page = AnswerListRepository(session).page(sort=Sort.EXPECTED, descending=descending)
         times = [listed.answer.expected_ms for listed in page.answers]
         assert times == ([10, 5, None] if descending else [5, 10, None])
         assert page.answers[0].forward_flops == page.answers[0].answer.problem.forward_flops
@@ -415,12 +416,12 @@ class TestPages:
     )
     def test_search_finds_every_word_as_it_stands(self, filled: Database, search: str, found: int) -> None:
         with filled.read() as session:
-            page = AnswerRepository(session).page(search=search)
+            page = AnswerListRepository(session).page(AnswerFilter(search=search))
         assert page.total == len(page.answers) == found
 
     def test_pages_follow_one_another(self, filled: Database) -> None:
         with filled.read() as session:
-            answers = AnswerRepository(session)
+            answers = AnswerListRepository(session)
             pages = [answers.page(sort=Sort.DEVICE, descending=False, offset=n, limit=1) for n in range(4)]
         assert [len(page.answers) for page in pages] == [1, 1, 1, 0]
         assert {page.total for page in pages} == {3}

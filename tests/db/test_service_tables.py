@@ -13,7 +13,9 @@ from tests.domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.demand import DemandRepository
 from tilewise.db.devices import DeviceRepository, ProblemRepository
+from tilewise.db.finals import FinalRepository
 from tilewise.db.jobs import MAX_ATTEMPTS, JobRepository
+from tilewise.db.pins import PinRepository
 from tilewise.db.session import Database
 from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
 from tilewise.db.tokens import AuditRepository, TokenRepository
@@ -123,6 +125,7 @@ class TestClaims:
                 (JobState.CANCELLED, 0.5, 1),
             ]
             assert jobs.events(job.id, after=events[1].id) == events[2:]
+            assert jobs.latest(job.id, limit=3) == events[:0:-1]
             assert jobs.counts()[JobState.CANCELLED] == 1
 
 
@@ -279,6 +282,91 @@ class TestDemand:
             list(pool.map(lambda n: self.report(database, *(uses if n % 2 else reversed(uses))), range(16)))
         with database.read() as session:
             assert {found.calls for found in DemandRepository(session).list()} == {16}
+
+
+class TestPins:
+    def test_who_runs_a_snapshot_is_counted_by_token_and_device(self, database: Database) -> None:
+        other = "nvidia-h200.sm90.141g.700w"
+        for snapshot, device, reporter in (
+            ("a" * 64, DEVICE, "one"), ("a" * 64, DEVICE, "one"), ("a" * 64, other, "one"), ("a" * 64, DEVICE, "two"),
+            ("b" * 64, DEVICE, "two"),
+        ):  # fmt: skip
+            with database.write() as session:
+                PinRepository(session).add(snapshot, device, reporter)
+        with database.read() as session:
+            pins = PinRepository(session)
+            found = pins.of_snapshot("a" * 64)
+            assert [(pin.reporter, pin.device_key, pin.reports) for pin in found] == [
+                ("two", DEVICE, 1), ("one", other, 1), ("one", DEVICE, 2),
+            ]  # fmt: skip
+            assert found[2].first < found[2].last
+            both = pins.summaries(["a" * 64, "b" * 64, "c" * 64])
+            assert set(both) == {"a" * 64, "b" * 64}
+            first, last = both["a" * 64], found[0].last
+            assert (first.reporters, first.devices, first.last) == (2, 2, last)
+            assert pins.summaries([]) == {}
+
+    def test_reports_that_come_at_once_are_all_counted(self, database: Database) -> None:
+        def add(_: int) -> None:
+            with database.write() as session:
+                PinRepository(session).add("a" * 64, DEVICE, "one")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(add, range(16)))
+        with database.read() as session:
+            assert [pin.reports for pin in PinRepository(session).of_snapshot("a" * 64)] == [16]
+
+
+class TestDevices:
+    def test_a_device_is_summed_up(self, database: Database) -> None:
+        with database.write() as session:
+            for problem in (PROBLEM, OTHER):
+                AnswerRepository(session).replace(answer(problem), expected_version=0, reason="test")
+            jobs = JobRepository(session)
+            made = [jobs.create(PROBLEM, DEVICE, BUDGETS["quick"]) for _ in range(3)]
+            jobs.start(made[0].id)
+            jobs.cancel(made[1].id)
+            jobs.create(PROBLEM, "nvidia-a100.sm80.40g", BUDGETS["quick"])
+        with database.read() as session:
+            first, second = DeviceRepository(session).summaries()
+        assert (first.key, first.answers, first.trials, first.queued, first.running) == (DEVICE, 2, 80, 1, 1)
+        assert first.speedup == pytest.approx(3)
+        evidence = answer().evidence
+        assert evidence is not None
+        assert first.measured == evidence.measured
+        assert (second.key, second.answers, second.speedup, second.measured) == ("nvidia-a100.sm80.40g", 0, None, None)
+
+
+class TestFinals:
+    def test_the_best_of_each_backend_is_read(self, database: Database) -> None:
+        with database.write() as session:
+            AnswerRepository(session).replace(answer(), expected_version=0, reason="test")
+        with database.read() as session:
+            (final,) = FinalRepository(session).standing(DEVICE)
+            assert FinalRepository(session).standing("nvidia-a100.sm80.40g") == ()
+        assert (final.problem, final.winner, final.winner_ms, final.reference) == (PROBLEM, "cpu_tiled", 10.0, "sdpa")
+        assert [standing.backend for standing in final.standings] == ["cpu_tiled", "sdpa"]
+        assert final.speedup("cpu_tiled") == pytest.approx(3)
+        assert final.speedup("flex") is None
+
+    def test_finals_are_told_apart_by_their_software(self, database: Database) -> None:
+        newer = dataclasses.replace(SOFTWARE, torch="2.14.0")
+        with database.write() as session:
+            answers = AnswerRepository(session)
+            answers.replace(answer(), expected_version=0, reason="first")
+            answers.replace(answer(OTHER), expected_version=0, reason="first")
+            evidence = answer().evidence
+            assert evidence is not None
+            later = dataclasses.replace(evidence, measured=evidence.measured + timedelta(days=1))
+            again = dataclasses.replace(answer(software=newer), evidence=later)
+            answers.replace(again, expected_version=1, reason="upgraded")
+        with database.read() as session:
+            finals = FinalRepository(session)
+            new, old = finals.softwares(DEVICE)
+            assert (new.software, new.finals, old.software, old.finals) == (newer, 1, SOFTWARE, 2)
+            assert (old.first, old.last, new.first) == (evidence.measured, evidence.measured, later.measured)
+            keys = [[final.problem_key for final in finals.with_software(DEVICE, use.digest)] for use in (new, old)]
+        assert keys == [[PROBLEM.key], sorted([PROBLEM.key, OTHER.key])]
 
 
 class TestTokens:

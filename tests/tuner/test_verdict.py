@@ -1,6 +1,7 @@
 """From a final to an answer: every way it can go."""
 
 import dataclasses
+from datetime import UTC, datetime
 
 import pytest
 
@@ -53,6 +54,19 @@ def test_torchs_own_choice_stays_within_the_noise() -> None:
 def test_only_torchs_own_choice_ran() -> None:
     winner, _ = verdict()
     assert winner == SDPA
+
+
+def test_torchs_own_choice_need_not_be_what_ratios_are_taken_against() -> None:
+    candidates = (OTHER, SDPA, TILED)
+    final = Final(measurements=(measured(1.0), measured(0.8), measured(0.4)), noise=0.01)
+    then = datetime(2026, 1, 2, tzinfo=UTC)
+    answer = decide(
+        PROBLEM, DEVICE, SOFTWARE, candidates, final, standing=None, searched=SEARCHED, measured=then
+    )  # fmt: skip
+    assert (answer.plan.forward, answer.speedup) == (TILED, 2.0)
+    assert answer.evidence is not None
+    assert (answer.evidence.reference, answer.evidence.measured) == (OTHER, then)
+    assert answer.evidence.reason.startswith(f"{TILED} beats torch's own choice, sdpa, by 50.00%")
 
 
 def test_the_standing_answer_is_replaced() -> None:

@@ -1,0 +1,55 @@
+"""Trials of the problems that people look at, in memory: fifty thousand take a second to read, so that is done once."""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from sqlalchemy.orm import Session
+
+from tilewise.db.trial_points import TrialPointRepository
+from tilewise.domain.config import Candidate
+from tilewise.domain.problem import Problem
+
+from .landscape import Landscape
+
+MOST_POINTS = 200_000  # of all problems together; about 60 MB
+
+
+@dataclass(slots=True)
+class _Kept:
+    landscape: Landscape = field(default_factory=lambda: Landscape(()))
+    known: dict[str, Candidate] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class PointBook:
+    """Landscapes by device and problem; those that were looked at last are kept, and follow the database."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, session: Session, device_key: str, problem: Problem) -> Landscape:
+        """Return all trials of a problem on a device as `session` sees them."""
+        repository = TrialPointRepository(session, device_key, problem)
+        with self._lock:
+            kept = self._kept.setdefault((device_key, problem.key), _Kept())
+            self._kept.move_to_end((device_key, problem.key))
+        with kept.lock:
+            count, newest = repository.state()
+            points = kept.landscape.points
+            last = points[-1].id if points else 0
+            if (len(points), last) != (count, newest):
+                points += repository.points(after=last, known=kept.known)
+                if len(points) != count:
+                    # numbers are given before transactions end: one may have become visible behind a greater one
+                    points = repository.points(known=kept.known)
+                kept.landscape = Landscape(points)
+            found = kept.landscape
+        self._forget()
+        return found
+
+    def _forget(self) -> None:
+        with self._lock:
+            while len(self._kept) > 1 and sum(len(each.landscape.points) for each in self._kept.values()) > MOST_POINTS:
+                self._kept.popitem(last=False)
