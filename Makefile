@@ -51,7 +51,7 @@ test-gpu: $(INSTALLED)
 
 # Every kernel once under compute-sanitizer, which comes with CUDA's toolkit; torch's caching allocator would hide a
 # read behind the end of a tensor.
-memcheck: $(INSTALLED) chromium
+memcheck: $(INSTALLED)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m tilewise.bench.memcheck
 
 check: $(INSTALLED) chromium

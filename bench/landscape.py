@@ -107,10 +107,16 @@ def _recorded(kernel: str, names: list[str], recorded: frozenset[Config]) -> Con
     )
 
 
+def path_of(folder: Path, kernel: str, problem: Problem, device_key: str) -> Path:
+    """Return where a landscape lies in `folder`."""
+    return folder / f"{kernel}.{problem.key}.{device_key}{SUFFIX}"
+
+
 def save(landscape: Landscape, folder: Path) -> Path:
     """Write a landscape into `folder` under its name and device, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{landscape.name}.{landscape.header.device_key}{SUFFIX}"
+    header = landscape.header
+    path = path_of(folder, header.kernel, header.problem, header.device_key)
     lines = [codec.canonical(landscape.header), *map(codec.canonical, landscape.points)]
     path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
     return path

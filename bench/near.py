@@ -36,7 +36,7 @@ from tilewise.kernels.inputs import random_call
 from tilewise.tuner.steps import make_step
 from tilewise.tuner.timing import CpuClock
 
-from .landscape import Header, Landscape, Point, load_all, save
+from .landscape import Header, Landscape, Point, load_all, path_of, save
 from .near_fit import report_of
 
 BACKEND = "cpu_tiled"
@@ -46,9 +46,10 @@ FOLDER = Path("bench/landscapes/near")
 def problems() -> list[Problem]:
     """Return families of sliding windows, where the tiled kernel wins, over lengths and heads."""
     return [
-        Problem(dtype=Dtype.FP32, batch=1, heads=heads, q_len=length, head_dim=head_dim, causal=causal, window=window)
-        for causal, window, head_dim in (
-            (True, (64, 0), 64), (True, (256, 0), 64), (True, (128, 0), 128), (False, (64, 64), 64),
+        Problem(dtype=dtype, batch=1, heads=heads, q_len=length, head_dim=head_dim, causal=causal, window=window)
+        for dtype, causal, window, head_dim in (
+            (Dtype.FP32, True, (64, 0), 64), (Dtype.FP32, True, (256, 0), 64), (Dtype.FP32, True, (128, 0), 128),
+            (Dtype.FP32, False, (64, 64), 64), (Dtype.BF16, True, (128, 0), 64),
         )
         for heads, length in itertools.product((2, 4, 8, 16), (512, 1024, 2048))
         if heads * length <= 8192
@@ -99,9 +100,13 @@ def _command() -> str:
 
 
 def record(folder: Path, wanted: int, rounds: int, threads: int) -> None:
+    """Measure what `folder` does not hold yet of this device."""
     torch.set_num_threads(threads)
-    configs = sample(devices.describe(torch.device("cpu")), wanted)
+    device = devices.describe(torch.device("cpu"))
+    configs = sample(device, wanted)
     for problem in problems():
+        if path_of(folder, BACKEND, problem, device.key).exists():
+            continue
         found = landscape(problem, configs, rounds)
         path = save(found, folder)
         print(f"{path}: best {found.best:.3f} of torch's time, noise {found.header.noise:.3f}", flush=True)

@@ -89,7 +89,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The models of one kernel and pass (`kernels`), and how they hold."""
+    """The models of one kernel and kind of problem (`kernels`), and how they hold."""
 
     kernels: str
     models: Models
@@ -124,7 +124,7 @@ def torch_ratio(landscape: Landscape) -> float | None:
 def subject_of(landscape: Landscape) -> str | None:
     header = landscape.header
     base: Candidate = header.base.with_config(header.role, header.default)
-    return subject(base, header.problem.pass_)
+    return subject(base, header.problem)
 
 
 def why_not(landscape: Landscape) -> str | None:
@@ -220,7 +220,7 @@ def device_folds(found: Sequence[Pair]) -> Iterable[Fold]:
 
 
 def report_of(landscapes: Sequence[Landscape], *, command: str) -> Report:
-    """Fit the models of every kernel and pass among the landscapes. Raises SettingsError where none says anything."""
+    """Fit the models of all kernels among the landscapes. Raises SettingsError where none says anything."""
     reasons = [(each, why_not(each)) for each in landscapes]
     by_subject: dict[str, list[Seen]] = {}
     for each, reason in reasons:

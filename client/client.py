@@ -191,7 +191,8 @@ class Client:
         if pin is not None and snapshot.id != pin:
             raise SnapshotError(
                 f"{name} holds snapshot {snapshot.id}, expected the pinned {pin}; "
-                "name a file with it in TILEWISE_SNAPSHOT, or pin the new id"
+                "name a file with it in TILEWISE_SNAPSHOT (`tilewise snapshot export FILE --of ID` writes one), "
+                "or pin the new id"
             )
         return verify(snapshot, self.settings.key, name=name)
 

@@ -1,6 +1,7 @@
 """The snapshot file beside the embedded database: what a client reads that has no database library."""
 
 import contextlib
+import gzip
 import os
 import uuid
 from pathlib import Path
@@ -10,6 +11,7 @@ from tilewise.domain.snapshot import path_beside
 
 from .answers import AnswerRepository
 from .session import Database
+from .snapshots import SnapshotRepository
 
 
 def refresh_snapshot(database: Database) -> Path | None:
@@ -23,7 +25,10 @@ def refresh_snapshot(database: Database) -> Path | None:
     path = path_beside(database.file)
     # The write lock orders refreshes: no process can read, be overtaken, and put its older answers over newer ones.
     with database.write() as session:
-        data = AnswerRepository(session).snapshot().dumps()
+        snapshot = AnswerRepository(session).snapshot()
+        data = snapshot.dumps()
+        # a job that ran with this file can pin it when the next verdict has replaced it
+        SnapshotRepository(session).keep_sent(snapshot.id, gzip.compress(data, mtime=0))
         try:
             _write(path, data)
         except OSError as error:

@@ -1,11 +1,11 @@
 """What it may cost to run a plan that was measured for another problem, or on another device.
 
-A model belongs to one kernel and pass. It says, for how far the problems and the devices are apart, what share of time
-is lost at most in nine cases of ten against the best plan (`regret`), and by how much at most the plan's ratio to
-torch's own choice is worse than where it was measured (`drift`). `python -m tilewise.bench.near fit` fits the models on
-measured landscapes and writes transfer_models.json, which is read here. A kernel that no landscapes were measured of
-has no model, and its plans are never served for another problem or device; nor are those of training whose roles have
-configs of their own.
+A model belongs to one kernel, and to inference, decoding or training. It says, for how far the problems and the devices
+are apart, what share of time is lost at most in nine cases of ten against the best plan (`regret`), and by how much at
+most the plan's ratio to torch's own choice is worse than where it was measured (`drift`). `python -m
+tilewise.bench.near fit` fits the models on measured landscapes and writes transfer_models.json, which is read here. A
+kernel that no landscapes were measured of has no model, and its plans are never served for another problem or device;
+nor are those of training whose roles have configs of their own.
 """
 
 import functools
@@ -19,7 +19,7 @@ from . import codec
 from .answer import Answer, Match
 from .config import Candidate, Plan
 from .device_gap import DeviceGap
-from .problem import Pass, Problem
+from .problem import MAX_DECODE_Q_LEN, Problem
 
 NOTHING = DeviceGap()
 PATH = Path(__file__).with_name("transfer_models.json")
@@ -77,13 +77,17 @@ def predicted_backends() -> frozenset[str]:
     return frozenset(name.partition(".")[0] for name, models in shipped().items() if models.predicted is not None)
 
 
-def subject(plan: Plan | Candidate, pass_: Pass) -> str | None:
-    """Return what a model of `plan` is kept under: backend, kernel and pass; None where one cannot be fitted."""
+def subject(plan: Plan | Candidate, problem: Problem) -> str | None:
+    """Return what a model of `plan` is kept under: backend, kernel and pass, or decode; None where none can be fitted.
+
+    Decoding is a kind of its own: few queries against many keys are bound by other things than the rest.
+    """
     candidates = plan.candidates if isinstance(plan, Plan) else (plan,)
     configs = [config for candidate in candidates for _, config in candidate.configs]
     if len(candidates) != 1 or len(configs) != 1:
         return None
-    return f"{candidates[0].backend}.{configs[0].kernel}.{pass_}"
+    kind = "decode" if problem.q_len <= MAX_DECODE_Q_LEN else problem.pass_
+    return f"{candidates[0].backend}.{configs[0].kernel}.{kind}"
 
 
 def near(found: Answer, problem: Problem, far: float, models: Mapping[str, Models]) -> Answer | None:
@@ -148,5 +152,5 @@ def worst_ratio(found: Answer, model: CostModel, far: float, gap: DeviceGap = NO
 
 
 def _model(found: Answer, models: Mapping[str, Models]) -> Models:
-    name = subject(found.plan, found.problem.pass_)
+    name = subject(found.plan, found.problem)
     return Models() if name is None else models.get(name, Models())

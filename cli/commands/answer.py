@@ -34,7 +34,7 @@ def answer(
         where = f" on {found.measured_on}" if found.measured_on else ""
         out.print(f"measured   {found.measured.key}{where}", markup=False)
     if found.regret:
-        out.print(f"regret     at most {found.regret:.0%} of the best plan's time, 9 times in 10", markup=False)
+        out.print(f"regret     at most {found.regret:.0%} slower than the best plan, 9 times in 10", markup=False)
     evidence = found.evidence
     if evidence is None:
         out.print(f"next       tilewise tune --problem {found.problem.key}", markup=False)

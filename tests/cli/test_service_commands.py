@@ -174,3 +174,16 @@ def test_a_bad_core_benchmark_makes_no_database(run: Cli, tmp_path: Path) -> Non
     assert run.err.startswith(f"tilewise: {bad} is no report of `tilewise bench core`")
     assert run.err.count("\n") == 1
     assert not (tmp_path / "new.db").exists()
+
+
+def test_an_answer_of_another_device_says_so(run: Cli, opened: Database, tmp_path: Path) -> None:  # noqa: F811
+    put(opened)
+    never = DEVICE.replace("avx512", "avx2")
+    assert run("snapshot", "export", str(tmp_path / "all.json")) == 0
+    for source in ([], ["--source", str(tmp_path / "all.json")]):
+        assert run("answer", PROBLEM.key, "--device", never, *source) == 0
+        assert f"match      predicted, device: {PROBLEM.key} was not measured on {never}" in run.out
+        assert f"measured   {PROBLEM.key} on {DEVICE}\n" in run.out
+        assert re.search(r"regret     at most \d+% slower than the best plan, 9 times in 10\n", run.out)
+    assert run("answer", PROBLEM.key, "--device", never, "--json") == 0
+    assert json.loads(run.out)["measured_on"] == DEVICE

@@ -5,11 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.domain.examples import PROBLEM, answer
+from tests.domain.examples import DEVICE, PROBLEM, SOFTWARE, answer
 
+from tilewise.client.client import Client
+from tilewise.client.settings import Settings
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.embedded import refresh_snapshot
 from tilewise.db.session import Database
+from tilewise.db.snapshots import SnapshotRepository
 from tilewise.domain.errors import DatabaseError
 from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import Snapshot, path_beside
@@ -27,6 +30,21 @@ def test_the_file_holds_the_standing_answers(sqlite: Database) -> None:
     assert path == path_beside(sqlite.file)
     with sqlite.read() as session:
         assert Snapshot.loads(path.read_bytes()) == AnswerRepository(session).snapshot()
+
+
+def test_what_the_file_held_before_can_still_be_had_by_its_id(sqlite: Database) -> None:
+    put(sqlite)
+    path = refresh_snapshot(sqlite)
+    assert path is not None
+    before = path.read_bytes()
+    put(sqlite, expected_version=1)
+    refresh_snapshot(sqlite)
+    assert path.read_bytes() != before
+    ran_with = Snapshot.loads(before)
+    with sqlite.read() as session:
+        assert SnapshotRepository(session).load(ran_with.id).dumps() == before
+    pinned = Settings(source=f"sqlite:///{sqlite.file}", snapshot=ran_with.id, timeout=5.0)
+    assert Client(DEVICE, SOFTWARE, pinned).ready().snapshot_id == ran_with.id
 
 
 def test_a_server_has_no_file(postgres_url: str) -> None:

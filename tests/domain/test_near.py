@@ -91,14 +91,15 @@ def test_a_backend_without_a_model_and_one_that_does_not_win_are_not_served() ->
 
 
 def test_a_model_is_of_one_kernel_and_pass() -> None:
-    assert transfer.subject(answer().plan, Pass.INFERENCE) == "cpu_tiled.cpu_tiled.inference"
+    assert transfer.subject(answer().plan, PROBLEM) == "cpu_tiled.cpu_tiled.inference"
+    assert transfer.subject(answer().plan, replace(PROBLEM, q_len=1, window=None)) == "cpu_tiled.cpu_tiled.decode"
     training = replace(PROBLEM, pass_=Pass.TRAINING)
     assert asked(replace(training, batch=2), {training.key: answer(training)}).match is Match.DEFAULT
-    assert transfer.subject(Plan(SDPA), Pass.INFERENCE) is None
+    assert transfer.subject(Plan(SDPA), PROBLEM) is None
     # of several roles the landscapes vary one at a time: what all cost together was not seen
     roles = TILED.with_config("dq", Config.of("triton_dq", block_m=64))
-    assert transfer.subject(roles, Pass.TRAINING) is None
-    assert transfer.subject(Plan(TILED, Candidate("sdpa")), Pass.TRAINING) is None
+    assert transfer.subject(roles, training) is None
+    assert transfer.subject(Plan(TILED, Candidate("sdpa")), training) is None
 
 
 sizes = st.builds(
