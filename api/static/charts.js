@@ -86,13 +86,19 @@ function say(chart, text, again) {
   chart.replaceChildren(line);
 }
 
-async function draw(chart) {
+// One after another: a change of the window's width must not meet a drawing that is not done.
+function draw(chart) {
+  chart.work = (chart.work ?? Promise.resolve()).catch(() => {}).then(() => paint(chart));
+  return chart.work;
+}
+
+async function paint(chart) {
   const library = await loadPlotly();
   const style = getComputedStyle(chart);
   const figure = coloured(structuredClone(chart.figure), style);
   const layout = { ...base(style), ...figure.layout };
   for (const axis of ["xaxis", "yaxis"]) layout[axis] = { ...lines(style), ...figure.layout[axis] };
-  layout.width = chart.clientWidth;
+  layout.width = chart.drawnWidth = chart.clientWidth;
   const first = !chart.plot;
   if (first) {
     chart.plot = document.createElement("div");
@@ -108,12 +114,11 @@ async function draw(chart) {
     else if (typeof link === "string" && link.startsWith("#")) location.hash = link;
   });
   if (chart.dataset.zoom !== undefined) chart.plot.on("plotly_relayout", (change) => zoomed(chart, change));
-  let width = chart.clientWidth;
-  new ResizeObserver(() => {
-    if (!chart.plot || chart.clientWidth === width) return;
-    width = chart.clientWidth;
-    library.relayout(chart.plot, { width });
-  }).observe(chart);
+  if (chart.watched) return;
+  chart.watched = new ResizeObserver(() => {
+    if (chart.plot && chart.clientWidth !== chart.drawnWidth) draw(chart);
+  });
+  chart.watched.observe(chart);
 }
 
 // The server aggregates what is far too much to draw; of a stretch it shows every point.
@@ -127,8 +132,8 @@ async function zoomed(chart, change) {
     url.searchParams.set("from", Math.floor(from));
     url.searchParams.set("to", Math.ceil(to));
   }
-  const reply = await fetch(url, { headers: { Accept: "application/json" } });
-  if (!reply.ok) return;
+  const reply = await fetch(url, { headers: { Accept: "application/json" } }).catch(() => null);
+  if (!reply?.ok) return; // what is drawn is zoomed all the same, without more detail
   chart.figure = await reply.json();
   chart.querySelector(".chart-reset").hidden = Boolean(all);
   await draw(chart);
