@@ -139,23 +139,49 @@ def duel(finals: Iterable[Final], first: str, second: str) -> Duel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """One problem on two devices, or with two softwares: the final of each."""
+class Side:
+    """One problem on one device with one software: which backend, its time in ms, how many times faster than torch."""
 
-    a: Final
-    b: Final
+    final: Final
+    backend: str
+    ms: float
+    speedup: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One problem on two devices, or with two softwares."""
+
+    a: Side
+    b: Side
 
     @property
     def ratio(self) -> float:
-        """Time of the plan on the first over that on the second: above 1 the second is faster."""
-        return self.a.winner_ms / self.b.winner_ms
+        """Time on the first over time on the second: above 1 the second is faster."""
+        return self.a.ms / self.b.ms
 
 
-def pairs(a: Iterable[Final], b: Iterable[Final]) -> tuple[Pair, ...]:
-    """Return the problems that both sides have, what got slowest from the first to the second first."""
-    others = {final.problem_key: final for final in b}
-    found = [Pair(a=final, b=others[final.problem_key]) for final in a if final.problem_key in others]
-    return tuple(sorted(found, key=lambda pair: (pair.ratio, pair.a.problem_key)))
+def pairs(a: Iterable[Final], b: Iterable[Final], backend: str = "") -> tuple[Pair, ...]:
+    """Return the problems that both sides have, what got slowest from the first to the second first.
+
+    What is compared is the plan of each, or one backend, where both finals held it.
+    """
+    others = {final.problem_key: side for final in b if (side := _side(final, backend))}
+    found = [
+        Pair(a=side, b=others[final.problem_key])
+        for final in a
+        if final.problem_key in others and (side := _side(final, backend))
+    ]
+    return tuple(sorted(found, key=lambda pair: (pair.ratio, pair.a.final.problem_key)))
+
+
+def _side(final: Final, backend: str) -> Side | None:
+    name = backend or final.winner
+    found = final.of(name)
+    if found is None:
+        return None
+    ms = found.median_ms if backend else final.winner_ms
+    return Side(final=final, backend=name, ms=ms, speedup=final.speedup(name))
 
 
 def geomean(values: Sequence[float]) -> float:

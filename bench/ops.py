@@ -2,9 +2,10 @@
 
 python -m tilewise.bench.ops --output bench/results/ops_NAME.json
 
-The backend here computes nothing: `kernel` is what it takes to make its results. All cells are called once a round, in
-random order; the medians are in microseconds. `operator` is called by itself and arranges for its gradients; a compiled
-graph has done that before, and `graph` is left.
+The backend here computes nothing: `kernel` is what it takes to make its results, which is what dispatch is measured
+over. The cells of a row are called once a round, in random order, and in the last row after a matrix product that takes
+the host's caches; the medians are in microseconds. `operator` is called by itself and arranges for its gradients; a
+compiled graph has done that before, and `graph` is left.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tilewise.layers.attention import attention, prepare
 
 SHAPE = (1, 8, 2, 16)
 COLUMNS = ("kernel", "eager", "operator", "graph")
+COLD = "inference, cold caches"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +127,9 @@ def _cells(backend: _Nothing) -> dict[str, tuple[Callable[[], object], ...]]:
     def inference_operator() -> object:
         return ops.attention(query, key, value, *given)
 
+    inferences = (kernel, inference, inference_operator, inference_operator)
     return {
-        "inference": (kernel, inference, inference_operator, inference_operator),
+        "inference": inferences,
         "forward of training": (kernel, eager, operator, graph),
         "forward and backward": (
             kernels,
@@ -134,6 +137,7 @@ def _cells(backend: _Nothing) -> dict[str, tuple[Callable[[], object], ...]]:
             lambda: torch.autograd.grad(operator(), leaves, grad_out),
             graphs,
         ),
+        COLD: inferences,
     }
 
 
@@ -142,29 +146,37 @@ def measure(rounds: int) -> Report:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with _backend() as backend:
-        rows = _cells(backend)
-        cells = [(name, column, call) for name, calls in rows.items() for column, call in enumerate(calls)]
-        times: dict[tuple[str, int], list[int]] = {}
-        order = random.Random(0)
-        for round_ in range(-(rounds // 10), rounds):
-            order.shuffle(cells)
-            for name, column, call in cells:
-                start = time.perf_counter_ns()
-                call()
-                taken = time.perf_counter_ns() - start
-                if round_ >= 0:
-                    times.setdefault((name, column), []).append(taken)
+        rows = tuple(
+            Row(name=name, medians=_medians(calls, rounds, cold=name == COLD))
+            for name, calls in _cells(backend).items()
+        )
     torch.set_num_threads(before)
-    medians = {cell: round(statistics.median(each) / 1000, 1) for cell, each in times.items()}
     described = devices.describe(torch.device("cpu"))
     return Report(
         device=described,
         software=devices.software(described.kind),
         rounds=rounds,
-        rows=tuple(
-            Row(name=name, medians=tuple(medians[name, column] for column in range(len(COLUMNS)))) for name in rows
-        ),
+        rows=rows,
     )
+
+
+def _medians(calls: Sequence[Callable[[], object]], rounds: int, *, cold: bool) -> tuple[float, ...]:
+    """Return the median microseconds of each of `calls`; `cold`: each comes after a matrix product."""
+    square = torch.randn(256, 256)
+    times: list[list[int]] = [[] for _ in calls]
+    cells = list(zip(calls, times, strict=True))
+    order = random.Random(0)
+    for round_ in range(-(rounds // 10), rounds):
+        order.shuffle(cells)
+        for call, taken in cells:
+            if cold:
+                torch.mm(square, square)
+            start = time.perf_counter_ns()
+            call()
+            end = time.perf_counter_ns()
+            if round_ >= 0:
+                taken.append(end - start)
+    return tuple(round(statistics.median(each) / 1000, 1) for each in times)
 
 
 def table(report: Report) -> str:

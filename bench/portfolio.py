@@ -28,7 +28,7 @@ def _hopper(block: str, *configs: tuple[Value, ...]) -> Known:
 
 
 OTHER_WAY = ("padded", "mask_stages", "dbias", "in_registers")  # tried both ways with the most promising config
-ONE_LOOP = {"one_loop": True, "in_registers": False}
+ONE_LOOP: Known = ({"one_loop": True, "in_registers": False}, {"one_loop": True})
 # By kernel, then by the widest head_dim; the most promising first.
 # block_m, block_n, num_warps, num_stages, tma
 KNOWN: dict[str, dict[int, Known]] = {
@@ -136,7 +136,7 @@ def _known(space: SearchSpace, problem: Problem) -> list[Config]:
     values = next((known for widest, known in sorted(by_width.items()) if width <= widest), ({},))
     default = space.default.as_dict()
     others = [{**values[0], name: type(default[name])(not default[name])} for name in OTHER_WAY if name in default]
-    others += [{**values[0], **ONE_LOOP}] if "one_loop" in default else []
+    others += [{**values[0], **each} for each in ONE_LOOP if "one_loop" in default]
     tried = [*values[:1], *others, *values[1:]]
     found = [Config.of(space.kernel, **{**default, **each}) for each in tried]
     return [config for config in found if config in space and config != space.default]

@@ -66,11 +66,12 @@ class Final:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftwareUse:
-    """A software that finals of a device were held with: how many, and when the first and the last."""
+    """A software that finals of a device were held with: how many, of which problems, when the first and the last."""
 
     digest: str
     software: Software
     finals: int
+    problems: frozenset[str]
     first: datetime
     last: datetime
 
@@ -106,6 +107,7 @@ class FinalRepository:
                 digest=digest,
                 software=codec.from_json(Software, document),
                 finals=len(moments[digest]),
+                problems=frozenset(key for key, _ in moments[digest]),
                 first=min(moment for _, moment in moments[digest]),
                 last=max(moment for _, moment in moments[digest]),
             )

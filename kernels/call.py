@@ -12,9 +12,10 @@ DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOATING = (*DTYPES, torch.float64)  # of biases and slopes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
-    """Tensors and scalars of one call, already checked against each other.
+    """Tensors and scalars of one call, already checked against each other. Nobody changes a call, they `replace` it; it
+    is not frozen because a frozen one takes the host a microsecond more to make, at every call.
 
     - query (B, Q, H, D), key (B, K, Hkv, D), value (B, K, Hkv, Dv): any strides. With cu_seqlens, B sequences packed
       one behind the other: (total_q, H, D), (total_kv, Hkv, D), (total_kv, Hkv, Dv).

@@ -13,6 +13,8 @@ from tilewise.domain.errors import InputError
 from tilewise.domain.problem import MAX_WINDOW
 from tilewise.kernels.backends import BACKENDS
 
+_NUMBER = int | float  # made once: every call asks
+
 
 def check_numbers(
     softcap: float,
@@ -22,11 +24,11 @@ def check_numbers(
     window: tuple[int, int] | None,
 ) -> None:
     """Raise InputError unless each is a Python number in its range, and window a pair of them."""
-    if not (isinstance(softcap, int | float) and 0 <= softcap < math.inf):
+    if not (isinstance(softcap, _NUMBER) and 0 <= softcap < math.inf):
         raise InputError(f"softcap: expected 0 (none) or more, got {softcap!r}")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+    if not (isinstance(dropout, _NUMBER) and 0 <= dropout < 1):
         raise InputError(f"dropout: expected a share of at least 0 and below 1, got {dropout!r}")
-    if scale is not None and not (isinstance(scale, int | float) and -math.inf < scale < math.inf):
+    if scale is not None and not (isinstance(scale, _NUMBER) and -math.inf < scale < math.inf):
         raise InputError(f"scale: expected a finite number, or None for head_dim ** -0.5, got {scale!r}")
     if seed is not None and not (type(seed) is int and 0 <= seed < 1 << 63):
         raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")

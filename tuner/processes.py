@@ -45,13 +45,19 @@ def prestart() -> None:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Within, a new interpreter finds the modules that this one finds, and imports a triton that compiles."""
-    before = {name: os.environ.pop(name, None) for name in ("PYTHONPATH", "TRITON_INTERPRET")}
+    """Within, a new interpreter finds the modules that this one finds, and imports a triton that compiles.
+
+    Python's resource tracker, started with the first of them, clears up what killed processes leave without a word.
+    """
+    names = ("PYTHONPATH", "PYTHONWARNINGS", "TRITON_INTERPRET")
+    before = {name: os.environ.pop(name, None) for name in names}
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before["PYTHONWARNINGS"], "ignore:resource_tracker")))
     try:
         yield
     finally:
-        os.environ.pop("PYTHONPATH")
+        for name in names:
+            os.environ.pop(name, None)
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 

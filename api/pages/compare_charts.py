@@ -76,28 +76,28 @@ def distribution(duel: Duel) -> Figure:
 
 
 def sides(pairs: Sequence[Pair], first: str, second: str) -> Figure:
-    """Return the time of each problem on one side against that on the other, with the line where both are equal."""
-    times = [time for pair in pairs for time in (pair.a.winner_ms, pair.b.winner_ms)]
-    ends = [min(times, default=0.1) * 0.8, max(times, default=10) * 1.25]
+    """Return how many times faster the second side is, against the time on the first."""
     points = Points(
         name="problems",
-        x=[pair.a.winner_ms for pair in pairs],
-        y=[pair.b.winner_ms for pair in pairs],
+        x=[pair.a.ms for pair in pairs],
+        y=[pair.ratio for pair in pairs],
         colour="@accent",
-        size=8,
-        opacity=0.75,
+        size=9,
+        opacity=0.8,
         texts=[
-            plain(f"{pair.a.problem_key}: {describe.milliseconds(pair.a.winner_ms)}, ")
-            + plain(f"{describe.milliseconds(pair.b.winner_ms)} ({describe.factor(pair.ratio)})")
+            plain(f"{pair.a.final.problem_key}: {describe.milliseconds(pair.a.ms)}, ")
+            + plain(f"then {describe.milliseconds(pair.b.ms)} ({describe.factor(pair.ratio)})")
             for pair in pairs
         ],
-        links=[describe.link(pair.b.device_key, pair.b.problem) for pair in pairs],
+        links=[describe.link(pair.b.final.device_key, pair.b.final.problem) for pair in pairs],
     )
-    equal = Points(name="equal", x=ends, y=ends, colour="@faint", mode="lines", dash="dash", hover=False)
+    times = [pair.a.ms for pair in pairs]
+    ends = [min(times, default=0.1) * 0.8, max(times, default=10) * 1.25]
+    equal = Points(name="equal", x=ends, y=[1, 1], colour="@faint", mode="lines", dash="dash", hover=False)
     return Figure(
         traces=(equal, points),
         x=Axis(title=f"ms, {first}", log=True),
-        y=Axis(title=f"ms, {second}", log=True),
-        height=420,
+        y=Axis(title=f"speed of {second} over it"),
+        height=340,
         legend=False,
     )

@@ -9,54 +9,51 @@ from tilewise.db.finals import Final, FinalRepository, SoftwareUse
 from tilewise.db.session import Database
 
 from .. import comparison
-from ..comparison import Pair
 from ..dependencies import DatabaseOfApp
 from ..errors import responses
 from . import compare_charts
-from .compare_view import PATH, chosen, filtered, measured_devices, query, two, view
-from .final_book import FinalBookOfApp
+from .compare_view import chosen, filtered, measured_devices, query, two, view
+from .final_book import FinalBook, FinalBookOfApp
 from .listing import Address, address, pages
 
 PAGE_SIZE = 50
 SHORT = 12  # characters of a digest that name a software in a URL
+DEVICES, SOFTWARE = "/compare/devices", "/compare/software"
+_FILTERS = ("a", "b", "backend", "pass", "dtype")
 
 router = APIRouter(include_in_schema=False)
 _errors = responses(500, 503)
+Finals = tuple[Final, ...]
 
 
-@router.get("/compare/devices", response_class=HTMLResponse, responses=_errors)
+@router.get(DEVICES, response_class=HTMLResponse, responses=_errors)
 def devices(request: Request, database: DatabaseOfApp, book: FinalBookOfApp) -> HTMLResponse:
     """Two devices over the problems that were tuned on both."""
-    at = address("/compare/devices", request, ("a", "b", "pass", "dtype", "page"))
-    known = measured_devices(database)
-    first, second = two(at, [one.key for one in known])
-    found = _pairs(book.standing(first), book.standing(second), at) if first and second else ()
-    return _sides(at, found, first=first, second=second, choices=[(d.key, d.key) for d in known])
+    at = address(DEVICES, request, (*_FILTERS, "page"))
+    keys = [one.key for one in measured_devices(database)]
+    first, second = two(at, keys)
+    return _page(at, _of_devices(book, first, second), first, second, choices=[(key, key) for key in keys])
 
 
-@router.get("/compare/devices/chart", responses=_errors)
+@router.get(f"{DEVICES}/chart", responses=_errors)
 def devices_chart(request: Request, book: FinalBookOfApp) -> Response:
-    """Time on the one against time on the other."""
-    at = address(PATH, request, ("a", "b", "pass", "dtype"))
-    found = _pairs(book.standing(at.get("a")), book.standing(at.get("b")), at)
-    return compare_charts.sides(found, at.get("a"), at.get("b")).response()
+    """How many times faster the second is."""
+    at = address(DEVICES, request, _FILTERS)
+    return _chart(at, _of_devices(book, at.get("a"), at.get("b")))
 
 
-@router.get("/compare/software", response_class=HTMLResponse, responses=_errors)
+@router.get(SOFTWARE, response_class=HTMLResponse, responses=_errors)
 def software(request: Request, database: DatabaseOfApp) -> HTMLResponse:
     """Two softwares of one device, over the problems that a final was held of with both."""
-    at = address("/compare/software", request, ("device", "a", "b", "pass", "dtype", "page"))
+    at = address(SOFTWARE, request, ("device", *_FILTERS, "page"))
     known = measured_devices(database)
     device = chosen(at.get("device"), known)
-    with database.read() as session:
-        used = FinalRepository(session).softwares(device) if device else ()
-    first, second = _two_softwares(at, used)
-    found = _software_pairs(database, device, first, second, at)
-    return _sides(
+    used, first, second = _two_softwares(database, device, at)
+    return _page(
         at,
-        found,
-        first=first.digest[:SHORT] if first else "",
-        second=second.digest[:SHORT] if second else "",
+        _of_softwares(database, device, first, second),
+        first.digest[:SHORT] if first else "",
+        second.digest[:SHORT] if second else "",
         choices=[(one.digest[:SHORT], _name(one)) for one in used],
         device=device,
         devices=known,
@@ -64,54 +61,68 @@ def software(request: Request, database: DatabaseOfApp) -> HTMLResponse:
     )
 
 
-@router.get("/compare/software/chart", responses=_errors)
+@router.get(f"{SOFTWARE}/chart", responses=_errors)
 def software_chart(request: Request, database: DatabaseOfApp) -> Response:
-    """Time with the one against time with the other."""
-    at = address(PATH, request, ("device", "a", "b", "pass", "dtype"))
-    with database.read() as session:
-        first, second = _two_softwares(at, FinalRepository(session).softwares(at.get("device")))
-    found = _software_pairs(database, at.get("device"), first, second, at)
-    return compare_charts.sides(found, at.get("a"), at.get("b")).response()
+    """How many times faster the second is."""
+    at = address(SOFTWARE, request, ("device", *_FILTERS))
+    _, first, second = _two_softwares(database, at.get("device"), at)
+    return _chart(at, _of_softwares(database, at.get("device"), first, second))
 
 
-def _sides(
-    at: Address, found: tuple[Pair, ...], *, first: str, second: str, choices: list[tuple[str, str]], **values: Any
-) -> HTMLResponse:
+def _page(at: Address, sides: tuple[Finals, Finals], first: str, second: str, **values: Any) -> HTMLResponse:
+    a, b = (filtered(finals, at) for finals in sides)
+    found = comparison.pairs(a, b, at.get("backend"))
     shown = pages(at, size=PAGE_SIZE, total=len(found))
+    names = ("backend", "pass", "dtype")
     return view(
         "compare_sides.html",
         at,
         at.path,
         first=first,
         second=second,
-        choices=choices,
+        backends=[(name, name) for name in comparison.common_backends((*a, *b))],
         pairs=found[shown.first_row - 1 : shown.last_row],
         pages=shown,
         geomean=comparison.geomean([pair.ratio for pair in found]),
-        chart=query(device=values.get("device", ""), a=first, b=second, pass_=at.get("pass"), dtype=at.get("dtype")),
+        chart=query(a=first, b=second, device=values.get("device", ""), **{name: at.get(name) for name in names}),
         **values,
     )
 
 
-def _pairs(a: tuple[Final, ...], b: tuple[Final, ...], at: Address) -> tuple[Pair, ...]:
-    return comparison.pairs(filtered(a, at), filtered(b, at))
+def _chart(at: Address, sides: tuple[Finals, Finals]) -> Response:
+    a, b = (filtered(finals, at) for finals in sides)
+    found = comparison.pairs(a, b, at.get("backend"))
+    return compare_charts.sides(found, at.get("a"), at.get("b")).response()
 
 
-def _two_softwares(at: Address, used: tuple[SoftwareUse, ...]) -> tuple[SoftwareUse | None, SoftwareUse | None]:
-    """Return the softwares that were asked for, by the beginnings of their digests; else the last two in use."""
-    first, second = two(at, [one.digest[:SHORT] for one in reversed(used[:2])] if not at.get("a") else [])
-    by_name = {one.digest[:SHORT]: one for one in used}
-    return by_name.get(first), by_name.get(second)
+def _of_devices(book: FinalBook, first: str, second: str) -> tuple[Finals, Finals]:
+    return book.standing(first), book.standing(second)
 
 
-def _software_pairs(
-    database: Database, device: str, first: SoftwareUse | None, second: SoftwareUse | None, at: Address
-) -> tuple[Pair, ...]:
+def _of_softwares(
+    database: Database, device: str, first: SoftwareUse | None, second: SoftwareUse | None
+) -> tuple[Finals, Finals]:
     if first is None or second is None:
-        return ()
+        return (), ()
     with database.read() as session:
         finals = FinalRepository(session)
-        return _pairs(finals.with_software(device, first.digest), finals.with_software(device, second.digest), at)
+        return finals.with_software(device, first.digest), finals.with_software(device, second.digest)
+
+
+def _two_softwares(
+    database: Database, device: str, at: Address
+) -> tuple[tuple[SoftwareUse, ...], SoftwareUse | None, SoftwareUse | None]:
+    """Return the softwares of a device, and the two that were asked for, by the beginnings of their digests.
+
+    Without a word of the reader's it is the last one in use, and before it the one with most problems in common.
+    """
+    with database.read() as session:
+        used = FinalRepository(session).softwares(device)
+    by_name = {one.digest[:SHORT]: one for one in used}
+    second = by_name.get(at.get("b"), used[0] if used else None)
+    others = [one for one in used if one is not second]
+    likely = max(others, key=lambda one: len(one.problems & second.problems), default=None) if second else None
+    return used, by_name.get(at.get("a"), likely), second
 
 
 def _name(use: SoftwareUse) -> str:

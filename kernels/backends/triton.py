@@ -190,9 +190,9 @@ def _space(role: str, tiles: Tiles) -> SearchSpace:
             Constraint(f"a warp would have fewer than {least_rows} rows", enough_rows),
             Constraint("only tiles through TMA are padded before", lambda v: not v.get("padded") or bool(v["tma"])),
             Constraint("only a warpgroup has the choice to keep tiles in registers", may_stay),
-            Constraint(
-                "in one loop ptxas overwrites queries in registers",
-                lambda v: not (v.get("one_loop") and v.get("in_registers")),
+            Constraint(  # kernels/sass.py finds that it does; narrower and wider tiles are spared
+                "in one loop ptxas overwrites queries in registers by weights that need as many",
+                lambda v: not (v.get("one_loop") and v.get("in_registers")) or v["block_n"] != tiles.head_dim,
             ),
         ),
         default=_default(role, tiles),

@@ -95,7 +95,17 @@ def test_pairs_are_the_problems_of_both_what_got_slowest_first() -> None:
     before = [final(one, ms=2.0, sdpa=1.0), final(two, ms=1.0, sdpa=1.0), final(three, sdpa=1.0)]
     after = [final(two, ms=2.0, sdpa=1.0), final(one, ms=1.0, sdpa=1.0)]
     found = comparison.pairs(before, after)
-    assert [(pair.a.problem, pair.ratio) for pair in found] == [(two, 0.5), (one, 2.0)]
+    assert [(pair.a.final.problem, pair.ratio) for pair in found] == [(two, 0.5), (one, 2.0)]
+
+
+def test_one_backend_can_be_followed() -> None:
+    before, after = final(BASE, ms=2.0, sdpa=1.0, triton=1.5), final(BASE, ms=2.0, sdpa=1.0, triton=0.5)
+    (plan,) = comparison.pairs([before], [after])
+    assert (plan.a.backend, plan.b.backend, plan.ratio, plan.b.speedup) == ("sdpa", "triton", 2.0, 2.0)
+    (triton,) = comparison.pairs([before], [after], "triton")
+    assert (triton.a.backend, triton.ratio) == ("triton", 3.0)
+    assert triton.a.speedup == pytest.approx(2 / 3)
+    assert comparison.pairs([before], [after], "flex") == ()
 
 
 def test_where_torchs_own_choice_is_wrong_another_stands_in() -> None:

@@ -10,7 +10,7 @@ from tilewise.kernels.backends import BACKENDS
 def test_every_cell_is_timed() -> None:
     before = list(BACKENDS)
     report = ops.measure(3)
-    assert [row.name for row in report.rows] == ["inference", "forward of training", "forward and backward"]
+    assert [row.name for row in report.rows] == ["inference", "forward of training", "forward and backward", ops.COLD]
     assert all(len(row.medians) == len(ops.COLUMNS) and min(row.medians) > 0 for row in report.rows)
     lines = ops.table(report).splitlines()
     assert lines[0].split() == ["microseconds", *ops.COLUMNS]

@@ -41,9 +41,8 @@ def _queue(database: Database) -> None:
     with database.write() as session:
         jobs = JobRepository(session)
         for number in range(JOBS):
-            job = jobs.create(
-                MISSED if number % 2 or number > 50 else ALSO_MISSED, H200, budget_named("quick", trials=number + 1)
-            )
+            problem = MISSED if number % 2 or number > JOBS - 10 else ALSO_MISSED
+            job = jobs.create(problem, H200, budget_named("quick", trials=number + 1))
             attempt = jobs.start(job.id) if number < JOBS - 5 else None
             if attempt is None:
                 continue

@@ -24,7 +24,7 @@ PAGES = {
     "compare-sizes": "/compare",
     "compare-backends": "/compare/backends?a=triton&b=flash_cute",
     "compare-devices": "/compare/devices",
-    "compare-software": "/compare/software",
+    "compare-software": "/compare/software?backend=triton",
     "jobs": "/jobs",
     "job": "/jobs/{job}",
     "job-new": f"/jobs/new?problem={filled.MISSED.key}&device={H200}",

@@ -19,6 +19,7 @@ from tilewise.domain.config import Config
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import offline
+from tilewise.kernels.backends.triton import Triton
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
@@ -92,6 +93,18 @@ def test_operands_that_ptxas_overwrites_are_found(tmp_path: Path) -> None:
     assert (wrong.outcome, right.outcome) == (Outcome.OK, Outcome.OK)
     assert wrong.overwritten == 16  # a thread's share of 64 x 64 keys
     assert right.overwritten == 0
+
+
+def test_queries_in_one_loop_are_overwritten_by_weights_that_need_as_many_registers(tmp_path: Path) -> None:
+    """On an H200 the checker refused tiles of 64 keys and passed tiles of 128; the space has what is spared."""
+    problem = Problem(batch=1, heads=4, q_len=512, head_dim=64, causal=True)
+    space = Triton().spaces(problem, DEVICES["sm_90"])["forward"]
+    tiles = {"block_m": 64, "num_warps": 4, "num_stages": 2, "tma": True, "in_registers": True, "one_loop": True}
+    configs = [Config.of("triton_forward", **tiles, block_n=block_n) for block_n in (32, 64, 128)]
+    jobs = [Job(problem=problem, role="forward", arch="sm_90", why="space", config=config) for config in configs]
+    rows = compile_all(jobs, tmp_path / "rows", processes=2, seconds=120, report=lambda _: None)
+    assert [row.overwritten for row in rows] == [0, 16, 0]
+    assert [config in space for config in configs] == [True, False, True]
 
 
 # one process, for what does not come with a Row

@@ -60,7 +60,8 @@ except tilewise.TilewiseError as error:
     said["pinned"] = type(error).__name__
 with open(f"{sys.argv[1]}/said{rank}.json", "w") as file:
     json.dump(said, file)
-dist.destroy_process_group()
+print("done", flush=True)
+sys.stdin.read()
 """
 
 
@@ -87,13 +88,21 @@ def test_4_ranks_with_different_answers_run_those_of_the_first(tmp_path: Path) -
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(tmp_path)],
             env={**environment, "RANK": str(rank), "TILEWISE_HOME": str(tmp_path / f"home{rank}")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(4)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * 4, errors
+    try:
+        for process in ranks:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "done\n", process.communicate()[1]
+    finally:
+        for process in ranks:  # all are there to the end: one that hangs up early can take its neighbours along
+            process.kill()
+            process.communicate()
     said = [json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in range(4)]
     first = own[0]
     assert first is not None

@@ -1,5 +1,6 @@
 """Tasks for workers, importable by their names."""
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -10,9 +11,11 @@ from typing import Any
 
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.processes import Worker, wait_for
-from tilewise.tuner.serving import Room
+from tilewise.tuner.serving import Room, Task
 
 from . import fakes
+
+_held: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ def state(_: Room) -> tuple[int, str, bool]:
     is there already."""
     tasks = len(os.listdir("/proc/self/task")) - threading.active_count()
     return tasks, os.environ.get("TRITON_INTERPRET", "unset"), "torch" in sys.modules
+
+
+def holds(_: Room) -> None:
+    """Hold a semaphore of the system for the life of the process."""
+    _held.append(multiprocessing.get_context("spawn").Lock())
 
 
 def breaks(room: Room) -> int:
@@ -78,3 +86,12 @@ def orphans(pids: "Connection[Any, Any]") -> None:
         wait_for([worker])
     pids.send(worker.pid)
     time.sleep(600)
+
+
+def ends(task: Task) -> None:
+    """Have a worker do `task`, and end it."""
+    worker = Worker(Limits(), memory_gib=2, strict=False)
+    worker.start(task)
+    while worker.poll() is None:
+        wait_for([worker])
+    worker.stop()

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,8 @@ from tilewise.tuner.serving import Task
 
 from . import tasks
 from .tasks import Calls, Says
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -150,6 +155,13 @@ def test_a_worker_dies_with_who_started_it() -> None:
     ready = wait([orphan], timeout=20)
     os.close(orphan)
     assert ready, "the worker outlived who started it"
+
+
+def test_what_killed_workers_leave_is_cleared_up_without_a_word() -> None:
+    script = "from tests.tuner import tasks; tasks.ends(tasks.holds)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_what_was_printed_is_found_across_chunks() -> None:
