@@ -4,8 +4,6 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from sqlalchemy.orm import Session
-
 from tilewise.db.trial_points import TrialPointRepository
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
@@ -29,9 +27,8 @@ class PointBook:
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, session: Session, device_key: str, problem: Problem) -> Landscape:
-        """Return all trials of a problem on a device as `session` sees them."""
-        repository = TrialPointRepository(session, device_key, problem)
+    def of(self, repository: TrialPointRepository, device_key: str, problem: Problem) -> Landscape:
+        """Return all trials of a problem on a device, which `repository` is of, as it sees them."""
         with self._lock:
             kept = self._kept.setdefault((device_key, problem.key), _Kept())
             self._kept.move_to_end((device_key, problem.key))

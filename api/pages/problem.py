@@ -65,7 +65,7 @@ def _subject(
     device_key: DeviceKey, problem: AskedProblem, database: DatabaseOfApp, book: PointsOfApp, request: Request
 ) -> Subject:
     with database.read() as session:
-        trials = book.of(session, device_key, problem)
+        trials = book.of(TrialPointRepository(session, device_key, problem), device_key, problem)
     return Subject(device_key, problem, trials, tuple(request.query_params.items()))
 
 
