@@ -55,7 +55,7 @@ class Bars:
         along, across = ("x", "y") if self.horizontal else ("y", "x")
         made: dict[str, Any] = {
             "type": "bar",
-            "name": self.name,
+            "name": plain(self.name),
             across: list(self.places),
             along: list(self.values),
             "marker": {"color": list(self.colours)},
@@ -104,7 +104,7 @@ class Points:
     def plotly(self) -> dict[str, Any]:
         made: dict[str, Any] = {
             "type": "scatter",
-            "name": self.name,
+            "name": plain(self.name),
             "x": list(self.x),
             "y": list(self.y),
             "mode": self.mode,

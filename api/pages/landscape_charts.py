@@ -138,7 +138,7 @@ def _tried(shown: Sequence[TrialPoint], levels: Sequence[float | None], first: i
         by_backend[backend].append(found)
     return [
         Points(
-            name=plain(backend),
+            name=backend,
             x=[number for _, number, _ in found],
             y=[ms for ms, _, _ in found],
             colour=colour(backend),

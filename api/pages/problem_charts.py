@@ -67,7 +67,7 @@ def roofline(problem: Problem, roof: Roof, rows: Sequence[FinalistRow]) -> Figur
         reached.append(rate)
         points.append(
             Points(
-                name=plain(row.candidate.backend),
+                name=row.candidate.backend,
                 x=[roof.intensity],
                 y=[rate],
                 colour=colour(row.candidate.backend),
