@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from tilewise.db.trial_points import TrialPointRepository
 from tilewise.domain.config import Candidate
-from tilewise.domain.problem import Problem
 
 from .landscape import Landscape
 
@@ -27,11 +26,12 @@ class PointBook:
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, repository: TrialPointRepository, device_key: str, problem: Problem) -> Landscape:
-        """Return all trials of a problem on a device, which `repository` is of, as it sees them."""
+    def of(self, repository: TrialPointRepository) -> Landscape:
+        """Return all trials of a repository's problem and device as its session sees them."""
+        key = repository.device_key, repository.problem.key
         with self._lock:
-            kept = self._kept.setdefault((device_key, problem.key), _Kept())
-            self._kept.move_to_end((device_key, problem.key))
+            kept = self._kept.setdefault(key, _Kept())
+            self._kept.move_to_end(key)
         with kept.lock:
             count, newest = repository.state()
             points = kept.landscape.points

@@ -55,6 +55,7 @@ def course(trials: Landscape, *, start: int | None, end: int | None, log: bool) 
         x=Axis(title="trial" if stride == 1 else f"trial (the best of every {stride} drawn; drag to see each)"),
         y=Axis(title="ms", log=log, span=(floor / 1.03 if log else floor, top * 1.05)),
         height=380,
+        topmost_first=True,
     )
 
 
@@ -119,6 +120,7 @@ def parallel(spots: Sequence[Spot], parameters: Sequence[Parameter]) -> Figure:
         x=Axis(ticks=ticks, span=(-0.3, len(axes) + 0.3)),
         y=Axis(hidden=True, span=(-0.08, 1.12)),
         height=420,
+        topmost_first=True,
         notes=tuple(notes),
         zoom=False,
     )

@@ -97,6 +97,7 @@ async function paint(chart) {
   const style = getComputedStyle(chart);
   const figure = coloured(structuredClone(chart.figure), style);
   const layout = { ...base(style), ...figure.layout };
+  layout.legend = { ...base(style).legend, ...figure.layout.legend };
   for (const axis of ["xaxis", "yaxis"]) layout[axis] = { ...lines(style), ...figure.layout[axis] };
   layout.width = chart.drawnWidth = chart.clientWidth;
   const first = !chart.plot;
@@ -174,7 +175,7 @@ function base(style) {
       font: { family: style.fontFamily, size: 13, color: ink },
       align: "left",
     },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "reversed", font: { color: ink } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
     hovermode: "closest",
     dragmode: "zoom",
     bargap: 0.35,

@@ -1,5 +1,6 @@
 """Landscapes: what is made of thousands of trials."""
 
+import dataclasses
 import math
 
 import pytest
@@ -167,7 +168,7 @@ class TestPointBook:
     @staticmethod
     def read(book: PointBook, database: Database) -> Landscape:
         with database.read() as session:
-            return book.of(TrialPointRepository(session, DEVICE, PROBLEM), DEVICE, PROBLEM)
+            return book.of(TrialPointRepository(session, DEVICE, PROBLEM))
 
     def test_it_follows_the_database_and_keeps_what_stands(self, sqlite: Database) -> None:
         book = PointBook()
@@ -202,5 +203,5 @@ class TestPointBook:
         self.keep(sqlite, SDPA, candidate(a=1))
         first = self.read(book, sqlite)
         with sqlite.read() as session:
-            book.of(TrialPointRepository(session, DEVICE, PROBLEM.bucket()), DEVICE, PROBLEM.bucket())
+            book.of(TrialPointRepository(session, DEVICE, dataclasses.replace(PROBLEM, batch=2)))
         assert self.read(book, sqlite) is first

@@ -112,7 +112,7 @@ def test_what_others_wrote_is_escaped(client: TestClient, tuned: Database) -> No
         assert EVIL in page.text
         assert len(page.all("script")) == 1
     # plotly reads some HTML in labels: it is written so that it stays text
-    assert EVIL not in json.dumps(chart(client, "course")).replace(f'"name": "{EVIL}"', "")
+    assert "<script" not in json.dumps(chart(client, "course"))
 
 
 @pytest.mark.usefixtures("tuned")
