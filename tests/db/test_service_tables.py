@@ -12,7 +12,7 @@ from tests.domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.demand import DemandRepository
 from tilewise.db.devices import DeviceRepository, ProblemRepository
-from tilewise.db.finals import FinalRepository
+from tilewise.db.finals import FinalRepository, with_software
 from tilewise.db.jobs import MAX_ATTEMPTS, JobRepository
 from tilewise.db.pins import PinRepository
 from tilewise.db.session import Database
@@ -332,11 +332,13 @@ class TestFinals:
             again = dataclasses.replace(answer(software=newer), evidence=later)
             answers.replace(again, expected_version=1, reason="upgraded")
         with database.read() as session:
-            finals = FinalRepository(session)
-            new, old = finals.softwares(DEVICE)
+            finals = FinalRepository(session).every(DEVICE)
+            assert [final.problem_key for final in finals] == [PROBLEM.key, OTHER.key, PROBLEM.key]
+            new, old = FinalRepository(session).softwares(finals)
+            assert (sorted(new.problems), sorted(old.problems)) == ([PROBLEM.key], sorted([PROBLEM.key, OTHER.key]))
             assert (new.software, new.finals, old.software, old.finals) == (newer, 1, SOFTWARE, 2)
             assert (old.first, old.last, new.first) == (evidence.measured, evidence.measured, later.measured)
-            keys = [[final.problem_key for final in finals.with_software(DEVICE, use.digest)] for use in (new, old)]
+            keys = [[final.problem_key for final in with_software(finals, use.digest)] for use in (new, old)]
         assert keys == [[PROBLEM.key], sorted([PROBLEM.key, OTHER.key])]
 
 
