@@ -1,4 +1,4 @@
-"""/compare/devices and /compare/software: the problems that two devices, or two softwares of one, have in common."""
+"""/compare/devices and /compare/software: what two devices, or two versions of software, have in common."""
 
 from typing import Any
 
@@ -44,14 +44,14 @@ def devices_chart(request: Request, book: FinalBookOfApp) -> Response:
 
 @router.get(SOFTWARE, response_class=HTMLResponse, responses=_errors)
 def software(request: Request, database: DatabaseOfApp) -> HTMLResponse:
-    """Two softwares of one device, over the problems that a final was held of with both."""
+    """Two versions of the software of one device, over the problems that a final was held of with both."""
     at = address(SOFTWARE, request, ("device", *_FILTERS, "page"))
     known = measured_devices(database)
     device = chosen(at.get("device"), known)
-    used, first, second = _two_softwares(database, device, at)
+    used, first, second = _two_versions(database, device, at)
     return _page(
         at,
-        _of_softwares(database, device, first, second),
+        _of_versions(database, device, first, second),
         first.digest[:SHORT] if first else "",
         second.digest[:SHORT] if second else "",
         choices=[(one.digest[:SHORT], _name(one)) for one in used],
@@ -65,8 +65,8 @@ def software(request: Request, database: DatabaseOfApp) -> HTMLResponse:
 def software_chart(request: Request, database: DatabaseOfApp) -> Response:
     """How many times faster the second is."""
     at = address(SOFTWARE, request, ("device", *_FILTERS))
-    _, first, second = _two_softwares(database, at.get("device"), at)
-    return _chart(at, _of_softwares(database, at.get("device"), first, second))
+    _, first, second = _two_versions(database, at.get("device"), at)
+    return _chart(at, _of_versions(database, at.get("device"), first, second))
 
 
 def _page(at: Address, sides: tuple[Finals, Finals], first: str, second: str, **values: Any) -> HTMLResponse:
@@ -99,7 +99,7 @@ def _of_devices(book: FinalBook, first: str, second: str) -> tuple[Finals, Final
     return book.standing(first), book.standing(second)
 
 
-def _of_softwares(
+def _of_versions(
     database: Database, device: str, first: SoftwareUse | None, second: SoftwareUse | None
 ) -> tuple[Finals, Finals]:
     if first is None or second is None:
@@ -109,10 +109,10 @@ def _of_softwares(
         return finals.with_software(device, first.digest), finals.with_software(device, second.digest)
 
 
-def _two_softwares(
+def _two_versions(
     database: Database, device: str, at: Address
 ) -> tuple[tuple[SoftwareUse, ...], SoftwareUse | None, SoftwareUse | None]:
-    """Return the softwares of a device, and the two that were asked for, by the beginnings of their digests.
+    """Return the software of a device by version, and the two that were asked for, by the beginnings of their digests.
 
     Without a word of the reader's it is the last one in use, and before it the one with most problems in common.
     """

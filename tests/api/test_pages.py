@@ -99,7 +99,7 @@ def test_what_makes_no_sense_in_a_query_is_no_mistake(filled: tuple[TestClient, 
             assert reply.status_code in (200, 404), (path, value, reply.text)
 
 
-def test_sizes_devices_and_softwares_are_compared(filled: tuple[TestClient, Database, str]) -> None:
+def test_sizes_devices_and_versions_are_compared(filled: tuple[TestClient, Database, str]) -> None:
     client = filled[0]
     page = client.get("/compare", params={"device": DEVICE}).text
     assert "1 group of problems that differ in their tokens alone" in re.sub(r"\s+", " ", page)

@@ -69,7 +69,7 @@ def _write(page: Page, path: Path, most: int) -> None:
     whole = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     picture = whole.crop((0, 0, whole.width, min(whole.height, most))).convert("RGB")
     # few colours: a third of the size, and hardly to be seen
-    picture.quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -44,7 +44,7 @@ def test_everybody_can_use_it_at_any_width_in_any_light(
         ("/compare", "Nothing was measured yet"),
         ("/compare/backends", "Nothing was measured yet"),
         ("/compare/devices", "There are no two devices to compare"),
-        ("/compare/software", "There are no two softwares to compare"),
+        ("/compare/software", "There are no two versions to compare"),
         ("/jobs", "No job yet"),
         ("/devices", "No device yet"),
         ("/snapshots", "Nothing was frozen yet"),
