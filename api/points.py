@@ -9,7 +9,7 @@ from tilewise.domain.config import Candidate
 
 from .landscape import Landscape
 
-MOST_POINTS = 200_000  # of all problems together; about 60 MB
+MOST_POINTS = 100_000  # of all problems together; with what is made of them about 100 MB
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from tilewise.domain.answer import Answer
 from tilewise.domain.errors import NotFoundError
 from tilewise.domain.peaks import Roof, peaks_of, roof_of
 from tilewise.domain.problem import Pass, Problem
+from tilewise.domain.trial import Outcome
 
 from .. import describe
 from ..dependencies import AskedProblem, DatabaseOfApp, DeviceKey, PointsOfApp
@@ -89,6 +90,7 @@ def problem(subject: SubjectOfPath, database: DatabaseOfApp, request: Request) -
         job = JobRepository(session).get(evidence.job) if evidence and evidence.job else None
     seen = view(subject)
     at = _address(subject, request, seen)
+    outcomes = Counter(point.outcome for point in subject.points)
     newest = subject.points[-1].id if subject.points else 0
     return page(
         "problem.html",
@@ -111,7 +113,8 @@ def problem(subject: SubjectOfPath, database: DatabaseOfApp, request: Request) -
         shades=SHADES,
         fastest=_fastest(subject.trials),
         failures=failures,
-        outcomes=Counter(point.outcome for point in subject.points).most_common(),
+        outcomes=outcomes.most_common(),
+        failed=outcomes.total() - outcomes[Outcome.OK],
         history=finals.history(history),
         command=commands.tune(asked, job.job.budget if job else None),
         job=job,

@@ -155,6 +155,14 @@ def test_lines_across_all_parameters_are_few_and_lead_to_their_trials() -> None:
     assert f"/trials/{top.trial}" in traces[-1].links
 
 
+def test_a_parameter_that_few_have_breaks_no_line() -> None:
+    few = [point(n, candidate(a=n, b=n % 2, rare=n), 0.5) for n in (1, 2)]
+    trials = Landscape((*few, *(point(n, candidate(a=n, b=n % 2), 0.6) for n in range(3, 9))))
+    spots = trials.spots(FORWARD)
+    figure = parallel(spots, parameters(spots))
+    assert [text for _, text in figure.x.ticks or ()] == ["a", "b", "time"]
+
+
 class TestPointBook:
     @staticmethod
     def keep(database: Database, *tried: Candidate) -> None:

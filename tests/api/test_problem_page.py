@@ -87,6 +87,7 @@ def test_the_page_tells_what_won_and_why(client: TestClient) -> None:
     for words in ("cpu_tiled", "10.0 ms", "3.00\N{MULTIPLICATION SIGN}", "torch takes 30.0 ms", "fastest in the final"):
         assert words in page.text
     assert "exact" in page.text
+    assert "Trials 6 2 not right; noise 1%" in page.text
     # a CPU has no peaks here, and the page says so
     assert "peaks of this device are not known" in page.text
 
