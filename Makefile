@@ -1,6 +1,7 @@
 # make demo    tune two problems on this machine, serve them, and run a layer with the answers
 # make test    every test
 # make test-gpu    the tests that need a GPU, a process per core: most of their time is compilation
+# make screenshots    the pictures of docs/dashboard, taken of the dashboard as it is now
 # make contract    thousands of requests made from the service's OpenAPI document
 # make check   what a change must pass: format, lint, types, tests
 # The first use makes .venv with the tested set; later ones need no network.
@@ -13,7 +14,7 @@ PACKAGES := .venv/.packages-$(LOCK_SUM)
 INSTALLED := .venv/.installed-$(LOCK_SUM)-$(HERE_SUM)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements/lock.txt)
 
-.PHONY: install chromium demo test contract test-gpu memcheck check format lock clean
+.PHONY: install chromium demo test screenshots contract test-gpu memcheck check format lock clean
 
 install: $(INSTALLED)
 
@@ -42,6 +43,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) chromium
 	$(PY) -m pytest
+
+screenshots: $(INSTALLED) chromium
+	$(PY) -m tests.dashboard.screenshots docs/dashboard
 
 contract: $(INSTALLED)
 	TILEWISE_SCHEMA_EXAMPLES=250 $(PY) -m pytest --timeout 1800 -s tests/api/test_schema.py

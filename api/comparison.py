@@ -1,6 +1,6 @@
-"""Comparisons of finals: over sizes, of two backends, of two devices or softwares. No SQL and no HTML.
+"""Comparisons of finals: over sizes, of two backends, of two devices or versions of software. No SQL and no HTML.
 
-Two backends meet in one final, so their ratio is measured. Two devices or two softwares never do: what stands side by
+Two backends meet in one final, so their ratio is measured. Two devices or two versions never do: what stands side by
 side then are milliseconds of different runs, which decide nothing, and speed-ups, each over torch in its own final.
 """
 
@@ -150,7 +150,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One problem on two devices, or with two softwares."""
+    """One problem on two devices, or with two versions of the software."""
 
     a: Side
     b: Side

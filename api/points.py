@@ -4,15 +4,12 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from sqlalchemy.orm import Session
-
 from tilewise.db.trial_points import TrialPointRepository
 from tilewise.domain.config import Candidate
-from tilewise.domain.problem import Problem
 
 from .landscape import Landscape
 
-MOST_POINTS = 200_000  # of all problems together; about 60 MB
+MOST_POINTS = 100_000  # of all problems together; with what is made of them about 100 MB
 
 
 @dataclass(slots=True)
@@ -29,12 +26,12 @@ class PointBook:
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, session: Session, device_key: str, problem: Problem) -> Landscape:
-        """Return all trials of a problem on a device as `session` sees them."""
-        repository = TrialPointRepository(session, device_key, problem)
+    def of(self, repository: TrialPointRepository) -> Landscape:
+        """Return all trials of a repository's problem and device as its session sees them."""
+        key = repository.device_key, repository.problem.key
         with self._lock:
-            kept = self._kept.setdefault((device_key, problem.key), _Kept())
-            self._kept.move_to_end((device_key, problem.key))
+            kept = self._kept.setdefault(key, _Kept())
+            self._kept.move_to_end(key)
         with kept.lock:
             count, newest = repository.state()
             points = kept.landscape.points

@@ -2,8 +2,9 @@
 
     python -m tilewise.bench.dashboard --output bench/results/dashboard_cpu.json
 
-Pages are asked for through the whole service, in this process, over SQLite. Bytes are compressed. With the page of
-problems a browser fetches the style sheet and the modules too, and no chart.
+Pages are asked for through the whole service, in this process, over SQLite. Times are those that the process ran, of a
+machine that may be busy with other things. Bytes are compressed. With the page of problems a browser fetches the style
+sheet and the modules too, and no chart.
 """
 
 import argparse
@@ -100,9 +101,9 @@ def view(client: TestClient, path: str, repeats: int = REPEATS) -> View:
     """Return what an address costs the service."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         reply: httpx.Response = client.get(path, headers={"Accept": "text/html"})  # type: ignore[assignment]
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((time.process_time() - start) * 1e3)
         assert reply.status_code == 200, (path, reply.text)
     size = reply.headers.get("content-length")
     return View(

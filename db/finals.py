@@ -88,18 +88,16 @@ class FinalRepository:
         rows = self._session.execute(query.order_by(AnswerRow.problem_key))
         return tuple(_finals((key, document) for key, document in rows))
 
-    def with_software(self, device_key: str, digest: str) -> tuple[Final, ...]:
-        """Return the newest final of each problem of a device that was held with this software, by problem key."""
-        newest: dict[str, Final] = {}
-        for final in self._all(device_key):
-            if final.software == digest:
-                newest[final.problem_key] = final
-        return tuple(newest[key] for key in sorted(newest))
+    def every(self, device_key: str) -> tuple[Final, ...]:
+        """Return the finals of all answers that a device ever had, in the order in which they were kept."""
+        query = select(AnswerChangeRow.problem_key, AnswerChangeRow.document)
+        query = query.where(AnswerChangeRow.device_key == device_key).order_by(AnswerChangeRow.id)
+        return tuple(_finals((key, document) for key, document in self._session.execute(query)))
 
-    def softwares(self, device_key: str) -> tuple[SoftwareUse, ...]:
-        """Return what software finals of a device were held with, the latest used first."""
+    def softwares(self, finals: Iterable[Final]) -> tuple[SoftwareUse, ...]:
+        """Return what software finals were held with, the latest used first."""
         moments: dict[str, set[tuple[str, datetime]]] = {}
-        for final in self._all(device_key):
+        for final in finals:
             moments.setdefault(final.software, set()).add((final.problem_key, final.measured))
         rows = select(SoftwareRow.digest, SoftwareRow.document).where(SoftwareRow.digest.in_(moments))
         found = [
@@ -115,10 +113,11 @@ class FinalRepository:
         ]
         return tuple(sorted(found, key=lambda use: (use.last, use.digest), reverse=True))
 
-    def _all(self, device_key: str) -> Iterator[Final]:
-        query = select(AnswerChangeRow.problem_key, AnswerChangeRow.document)
-        query = query.where(AnswerChangeRow.device_key == device_key).order_by(AnswerChangeRow.id)
-        yield from _finals((key, document) for key, document in self._session.execute(query))
+
+def with_software(finals: Iterable[Final], digest: str) -> tuple[Final, ...]:
+    """Return of finals in the order in which they were kept the last of each problem with this software, by problem."""
+    newest = {final.problem_key: final for final in finals if final.software == digest}
+    return tuple(newest[key] for key in sorted(newest))
 
 
 def _finals(rows: Iterable[tuple[str, Any]]) -> Iterator[Final]:

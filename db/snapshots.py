@@ -1,12 +1,17 @@
 """Frozen snapshots and the channels that point at them."""
 
 import gzip
+import json
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
+from tilewise.domain import codec
+from tilewise.domain.answer import Answer
 from tilewise.domain.errors import NotFoundError, SettingsError
-from tilewise.domain.snapshot import ChannelChange, FrozenSnapshot, Snapshot, is_channel_name
+from tilewise.domain.snapshot import ChannelChange, Difference, FrozenSnapshot, Snapshot, is_channel_name
 from tilewise.domain.trial import now
 
 from . import paging, references
@@ -14,6 +19,14 @@ from .models import ChannelChangeRow, ChannelRow, SentSnapshotRow, SnapshotEntry
 from .paging import Page, Position
 
 MAX_SENT = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DifferencePage:
+    """Some of what differs between two snapshots; `total` counts all of it."""
+
+    items: tuple[Difference, ...]
+    total: int
 
 
 class SnapshotRepository:
@@ -89,6 +102,34 @@ class SnapshotRepository:
         if file is None:
             raise NotFoundError(f"no snapshot {snapshot_id}; `tilewise snapshot list` shows those that there are")
         return Snapshot.loads(gzip.decompress(file), name=f"snapshot {snapshot_id[:12]}")
+
+    def answers(self, snapshot_id: str, *, offset: int = 0, limit: int = 50) -> tuple[Answer, ...]:
+        """Return some answers of a snapshot, which is not verified: to look at. Raises NotFoundError."""
+        documents = self._documents(snapshot_id)
+        return tuple(codec.from_json(Answer, each) for each in documents[offset : offset + limit])
+
+    def differences(self, before: str, after: str, *, offset: int = 0, limit: int = 50) -> DifferencePage:
+        """Return some of what runs differently under another snapshot, by device and problem. Raises NotFoundError.
+
+        Of thousands of answers only those that are returned are built.
+        """
+        old, new = ({_about(each): each for each in self._documents(id_)} for id_ in (before, after))
+        keys = [
+            key
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key, {}).get("plan") != new.get(key, {}).get("plan")
+        ]
+        return DifferencePage(
+            items=tuple(_difference(old.get(key), new.get(key)) for key in keys[offset : offset + limit]),
+            total=len(keys),
+        )
+
+    def _documents(self, snapshot_id: str) -> list[Any]:
+        file = self.file(snapshot_id)
+        if file is None:
+            raise NotFoundError(f"no snapshot {snapshot_id} is kept here; clients may hold it all the same")
+        found: list[Any] = json.loads(gzip.decompress(file))["answers"]
+        return found
 
     def page(self, *, after: Position | None = None, limit: int = 50) -> Page[FrozenSnapshot]:
         """Return a page of the snapshots, the newest first."""
@@ -184,3 +225,14 @@ def _change(row: ChannelChangeRow) -> ChannelChange:
         actor=row.actor,
         changed=row.changed,
     )
+
+
+def _about(document: Any) -> tuple[str, str]:
+    return document["device_key"], document["problem"]
+
+
+def _difference(before: Any | None, after: Any | None) -> Difference:
+    old, new = (None if each is None else codec.from_json(Answer, each) for each in (before, after))
+    one = old or new
+    assert one is not None, "what differs is in one of them"
+    return Difference(device_key=one.device_key, problem=one.problem, before=old, after=new)

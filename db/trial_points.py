@@ -53,7 +53,7 @@ class TrialPointRepository:
     """The trials of one problem on one device, in one session."""
 
     def __init__(self, session: Session, device_key: str, problem: Problem) -> None:
-        self._session = session
+        self._session, self.device_key, self.problem = session, device_key, problem
         self._about = TrialRow.device_key == device_key, TrialRow.problem_key == problem.key
 
     def state(self) -> tuple[int, int]:

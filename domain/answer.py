@@ -100,12 +100,10 @@ class Answer:
 
         None where that has no parameters, or its default was not in the final.
         """
-        ratios = (
-            {found.candidate: found.measurement.ratio for found in self.evidence.finalists} if self.evidence else {}
-        )
-        won = ratios.get(self.plan.forward)
-        for found in self.evidence.finalists if self.evidence else ():
-            ratio = found.measurement.ratio
-            if found.default and found.candidate.backend == self.plan.forward.backend and ratio and won:
-                return ratio / won
-        return None
+        finalists = self.evidence.finalists if self.evidence else ()
+        forward = self.plan.forward
+        won = next((each.measurement.ratio for each in finalists if each.candidate == forward), None)
+        defaults = [
+            each.measurement.ratio for each in finalists if each.default and each.candidate.backend == forward.backend
+        ]
+        return defaults[0] / won if won and defaults and defaults[0] else None

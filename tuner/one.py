@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewise.domain.config import Candidate
+from tilewise.domain.device import Device
 from tilewise.domain.errors import TuningError
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
@@ -15,6 +16,7 @@ from tilewise.kernels.backends import backend_named
 from .crew import Crew, Pipeline
 from .measuring import Preparation
 from .timing import Final
+from .tune import STAND_INS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,35 +31,48 @@ class Attempted:
 def try_one(problem: Problem, candidate: Candidate, *, crew: Crew, rounds: int, seconds: float, seed: int) -> Attempted:
     """Check and screen `candidate`, and hold a final of it and torch's own choice of so many rounds or seconds.
 
-    Raises ConfigError for an unknown backend, and TuningError where torch's own choice, to be compared with, fails.
+    As in a tuning, another path stands in where torch's own choice is wrong. Raises ConfigError for an unknown backend,
+    and TuningError where none of torch's paths is right.
     """
-    reference = default_candidate(problem)
     preparation = Preparation(
         problem=problem,
         device=str(crew.device),
-        reference=reference,
+        reference=default_candidate(problem),
         seed=seed,
         threads=torch.get_num_threads(),
         setup=crew.setup,
     )
-    pipeline = Pipeline(crew, preparation)
-    reason = backend_named(candidate.backend).supports(problem, devices.describe(crew.device))
+    pipeline, device = Pipeline(crew, preparation), devices.describe(crew.device)
+    reason = backend_named(candidate.backend).supports(problem, device)
     if reason is not None:
         return Attempted(trial=pipeline.trial(candidate, Outcome.UNSUPPORTED, reason))
     try:
-        trials = {each: _tried(pipeline, each) for each in (reference, candidate)}
-        if trials[candidate].outcome is not Outcome.OK:
-            return Attempted(trial=trials[candidate])
-        if trials[reference].outcome is not Outcome.OK:
-            raise TuningError(f"torch's own choice fails here, to be compared with: {trials[reference].message}")
+        reference = _reference(pipeline, problem, device)
+        trial = _tried(pipeline, candidate)
+        if trial.outcome is not Outcome.OK:
+            return Attempted(trial=trial)
         finalists = tuple(dict.fromkeys((reference, candidate)))
         judged = pipeline.judge(finalists, rounds=rounds, seconds=seconds)
     finally:
         pipeline.abandon()
-    failed = next((trial for trial in judged.failures if trial.candidate == candidate), None)
+    failed = next((each for each in judged.failures if each.candidate == candidate), None)
     if judged.final is None and failed is None:
-        raise TuningError(f"torch's own choice fails in the final: {judged.failures[0].message}")
-    return Attempted(trial=failed or trials[candidate], finalists=finalists, final=judged.final)
+        raise TuningError(f"{reference}, to be compared with, fails in the final: {judged.failures[0].message}")
+    return Attempted(trial=failed or trial, finalists=finalists, final=judged.final)
+
+
+def _reference(pipeline: Pipeline, problem: Problem, device: Device) -> Candidate:
+    """Return the first of torch's own choice and its stand-ins that is right here, and compare with it."""
+    wrong = []
+    for candidate in (default_candidate(problem), *map(Candidate, STAND_INS)):
+        if backend_named(candidate.backend).supports(problem, device) is not None:
+            continue
+        pipeline.compare_with(candidate)
+        trial = _tried(pipeline, candidate)
+        if trial.outcome is Outcome.OK:
+            return candidate
+        wrong.append(f"{candidate} fails: {trial.message}")
+    raise TuningError(f"{problem.key}: nothing can be compared: {'; '.join(wrong)}")
 
 
 def _tried(pipeline: Pipeline, candidate: Candidate) -> Trial:

@@ -55,7 +55,7 @@ class Bars:
         along, across = ("x", "y") if self.horizontal else ("y", "x")
         made: dict[str, Any] = {
             "type": "bar",
-            "name": self.name,
+            "name": plain(self.name),
             across: list(self.places),
             along: list(self.values),
             "marker": {"color": list(self.colours)},
@@ -104,7 +104,7 @@ class Points:
     def plotly(self) -> dict[str, Any]:
         made: dict[str, Any] = {
             "type": "scatter",
-            "name": self.name,
+            "name": plain(self.name),
             "x": list(self.x),
             "y": list(self.y),
             "mode": self.mode,
@@ -191,13 +191,17 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A whole chart. `height` in pixels; `legend` shows the names of its traces above it."""
+    """A whole chart, `height` in pixels.
+
+    With `legend` the names of its traces stand above it, with `topmost_first` the last one drawn before the others.
+    """
 
     traces: tuple[Bars | Points, ...]
     x: Axis
     y: Axis
     height: int = 360
     legend: bool = True
+    topmost_first: bool = False
     notes: tuple[Note, ...] = ()
     zoom: bool = True
 
@@ -209,6 +213,7 @@ class Figure:
                 "xaxis": {**self.x.plotly(), "fixedrange": not self.zoom},
                 "yaxis": {**self.y.plotly(), "fixedrange": not self.zoom},
                 "showlegend": self.legend,
+                "legend": {"traceorder": "reversed" if self.topmost_first else "normal"},
                 "annotations": [note.plotly(log_x=self.x.log, log_y=self.y.log) for note in self.notes],
             },
         }

@@ -1,11 +1,11 @@
-"""/compare/devices and /compare/software: the problems that two devices, or two softwares of one, have in common."""
+"""/compare/devices and /compare/software: what two devices, or two versions of software, have in common."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
-from tilewise.db.finals import Final, FinalRepository, SoftwareUse
+from tilewise.db.finals import Final, FinalRepository, SoftwareUse, with_software
 from tilewise.db.session import Database
 
 from .. import comparison
@@ -43,15 +43,16 @@ def devices_chart(request: Request, book: FinalBookOfApp) -> Response:
 
 
 @router.get(SOFTWARE, response_class=HTMLResponse, responses=_errors)
-def software(request: Request, database: DatabaseOfApp) -> HTMLResponse:
-    """Two softwares of one device, over the problems that a final was held of with both."""
+def software(request: Request, database: DatabaseOfApp, book: FinalBookOfApp) -> HTMLResponse:
+    """Two versions of the software of one device, over the problems that a final was held of with both."""
     at = address(SOFTWARE, request, ("device", *_FILTERS, "page"))
     known = measured_devices(database)
     device = chosen(at.get("device"), known)
-    used, first, second = _two_softwares(database, device, at)
+    finals = book.every(device)
+    used, first, second = _two_versions(database, finals, at)
     return _page(
         at,
-        _of_softwares(database, device, first, second),
+        _of_versions(finals, first, second),
         first.digest[:SHORT] if first else "",
         second.digest[:SHORT] if second else "",
         choices=[(one.digest[:SHORT], _name(one)) for one in used],
@@ -62,11 +63,12 @@ def software(request: Request, database: DatabaseOfApp) -> HTMLResponse:
 
 
 @router.get(f"{SOFTWARE}/chart", responses=_errors)
-def software_chart(request: Request, database: DatabaseOfApp) -> Response:
+def software_chart(request: Request, database: DatabaseOfApp, book: FinalBookOfApp) -> Response:
     """How many times faster the second is."""
     at = address(SOFTWARE, request, ("device", *_FILTERS))
-    _, first, second = _two_softwares(database, at.get("device"), at)
-    return _chart(at, _of_softwares(database, at.get("device"), first, second))
+    finals = book.every(at.get("device"))
+    _, first, second = _two_versions(database, finals, at)
+    return _chart(at, _of_versions(finals, first, second))
 
 
 def _page(at: Address, sides: tuple[Finals, Finals], first: str, second: str, **values: Any) -> HTMLResponse:
@@ -99,25 +101,21 @@ def _of_devices(book: FinalBook, first: str, second: str) -> tuple[Finals, Final
     return book.standing(first), book.standing(second)
 
 
-def _of_softwares(
-    database: Database, device: str, first: SoftwareUse | None, second: SoftwareUse | None
-) -> tuple[Finals, Finals]:
+def _of_versions(finals: Finals, first: SoftwareUse | None, second: SoftwareUse | None) -> tuple[Finals, Finals]:
     if first is None or second is None:
         return (), ()
-    with database.read() as session:
-        finals = FinalRepository(session)
-        return finals.with_software(device, first.digest), finals.with_software(device, second.digest)
+    return with_software(finals, first.digest), with_software(finals, second.digest)
 
 
-def _two_softwares(
-    database: Database, device: str, at: Address
+def _two_versions(
+    database: Database, finals: Finals, at: Address
 ) -> tuple[tuple[SoftwareUse, ...], SoftwareUse | None, SoftwareUse | None]:
-    """Return the softwares of a device, and the two that were asked for, by the beginnings of their digests.
+    """Return the software of a device by version, and the two that were asked for, by the beginnings of their digests.
 
     Without a word of the reader's it is the last one in use, and before it the one with most problems in common.
     """
     with database.read() as session:
-        used = FinalRepository(session).softwares(device)
+        used = FinalRepository(session).softwares(finals)
     by_name = {one.digest[:SHORT]: one for one in used}
     second = by_name.get(at.get("b"), used[0] if used else None)
     others = [one for one in used if one is not second]

@@ -20,7 +20,7 @@ _PARTS = (
     ("Sizes", PATH),
     ("Two backends", "/compare/backends"),
     ("Two devices", "/compare/devices"),
-    ("Two softwares", "/compare/software"),
+    ("Two versions", "/compare/software"),
 )
 
 

@@ -8,6 +8,7 @@ from tilewise.db.finals import FinalRepository
 
 from ..dependencies import DatabaseOfApp, DeviceKey
 from ..errors import responses
+from .final_book import FinalBookOfApp
 from .listing import address, pages
 from .templating import page
 
@@ -37,8 +38,9 @@ def devices(request: Request, database: DatabaseOfApp) -> HTMLResponse:
 
 
 @router.get("/devices/{device_key}/software", response_class=HTMLResponse, responses=responses(422, 500, 503))
-def softwares(device_key: DeviceKey, database: DatabaseOfApp) -> HTMLResponse:
+def softwares(device_key: DeviceKey, database: DatabaseOfApp, book: FinalBookOfApp) -> HTMLResponse:
     """What software the finals of a device were held with."""
+    finals = book.every(device_key)
     with database.read() as session:
-        found = FinalRepository(session).softwares(device_key)
+        found = FinalRepository(session).softwares(finals)
     return page("softwares.html", path=PATH, device_key=device_key, softwares=found)

@@ -9,29 +9,38 @@ from tilewise.db.answers import AnswerRepository
 from tilewise.db.finals import Final, FinalRepository
 from tilewise.db.session import Database
 
-DEVICES = 8  # whose finals are kept
+MOST_KEPT = 8  # lists of finals
 
 
 class FinalBook:
-    """Finals of standing answers by device, as the database has them now."""
+    """Finals by device, as the database has them now: those of its standing answers, and of all that it ever had."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[int, tuple[Final, ...]]] = {}
+        self._kept: dict[tuple[str, bool], tuple[int, tuple[Final, ...]]] = {}
 
     def standing(self, device_key: str) -> tuple[Final, ...]:
         """Return the finals of the standing answers of a device, by problem key."""
+        return self._finals(device_key, every=False)
+
+    def every(self, device_key: str) -> tuple[Final, ...]:
+        """Return the finals of all answers that a device ever had, in the order in which they were kept."""
+        return self._finals(device_key, every=True)
+
+    def _finals(self, device_key: str, *, every: bool) -> tuple[Final, ...]:
+        key = device_key, every
         with self._database.read() as session:
             newest = AnswerRepository(session).newest()
             with self._lock:
-                number, finals = self._kept.get(device_key, (-1, ()))
+                number, finals = self._kept.get(key, (-1, ()))
             if number != newest:
-                finals = FinalRepository(session).standing(device_key)
+                repository = FinalRepository(session)
+                finals = repository.every(device_key) if every else repository.standing(device_key)
         with self._lock:
-            self._kept.pop(device_key, None)
-            self._kept[device_key] = newest, finals
-            while len(self._kept) > DEVICES:
+            self._kept.pop(key, None)
+            self._kept[key] = newest, finals
+            while len(self._kept) > MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
         return finals
 

@@ -96,7 +96,7 @@ def absent(points: Iterable[TrialPoint], failures: Sequence[Failure], answer: An
         if point.outcome is Outcome.OK and (name not in best or (point.ratio or 9e9) < (best[name].ratio or 9e9)):
             best[name] = point
     made = [
-        Absent(backend=name, reason=_too_slow(point), trial=point.id)
+        Absent(backend=name, reason=_why_out(point), trial=point.id)
         for name, point in sorted(best.items())
         if name not in there
     ]
@@ -145,7 +145,7 @@ def _baseline_ratio(answer: Answer) -> float:
     return ratios.get(default_candidate(answer.problem)) or 1.0
 
 
-def _too_slow(point: TrialPoint) -> str:
+def _why_out(point: TrialPoint) -> str:
     if point.ratio is None:
-        return "right, but not among the fastest"
-    return f"too slow: {point.ratio:.2f} times as long as the reference when it was screened"
+        return "right, and not among the fastest"
+    return f"not among the fastest: {point.ratio:.2f} of the reference's time when it was screened"

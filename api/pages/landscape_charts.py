@@ -31,10 +31,12 @@ def course(trials: Landscape, *, start: int | None, end: int | None, log: bool) 
     levels = trials.levels[:last]
     steps = _best_so_far(levels, first)
     timed = [each for each in levels[first - 1 :] if each is not None]
-    ceiling = sorted(timed)[math.ceil(0.95 * len(timed)) - 1] if timed else 1.0
     lowest = min([*timed, *(y for _, y in steps)], default=1.0)
-    floor = lowest / 1.12 if log else max(0.0, lowest - 0.12 * (ceiling - lowest or lowest))
     tried = _tried(shown, levels[first - 1 :], first, stride)
+    drawn = sorted(y for trace in tried for y in trace.y if isinstance(y, float))
+    # a linear axis leaves out the slowest twentieth, or it would show nothing but them
+    ceiling = max([*(drawn if log else drawn[: math.ceil(0.95 * len(drawn))]), lowest * 1.1])
+    floor = lowest / 1.12 if log else max(0.0, lowest - 0.12 * (ceiling - lowest))
     traces = [
         *tried,
         *_failed(shown, first, stride, floor),
@@ -48,20 +50,19 @@ def course(trials: Landscape, *, start: int | None, end: int | None, log: bool) 
             hover=False,
         ),
     ]
-    drawn = [y for trace in tried for y in trace.y if isinstance(y, float)]
-    top = max([*drawn, lowest * 1.1]) if log else ceiling * 1.05
     return Figure(
         traces=tuple(traces),
         x=Axis(title="trial" if stride == 1 else f"trial (the best of every {stride} drawn; drag to see each)"),
-        y=Axis(title="ms", log=log, span=(floor / 1.03 if log else floor, top * 1.05)),
+        y=Axis(title="ms", log=log, span=(floor / 1.03 if log else floor, ceiling * 1.05)),
         height=380,
+        topmost_first=True,
     )
 
 
 def parallel(spots: Sequence[Spot], parameters: Sequence[Parameter]) -> Figure:
     """Return the timed configs as lines across their parameters to their level, the slowest below the fastest."""
     chosen = sample(spots, MOST_LINES)
-    axes = [parameter for parameter in parameters if len({spot.values.get(parameter.name) for spot in spots}) > 1]
+    axes = [each for each in parameters if _shared(each.name, spots)]
     if not chosen:
         return Figure(traces=(), x=Axis(hidden=True), y=Axis(hidden=True), height=120, legend=False)
     fastest, slowest = chosen[0].level or 1.0, chosen[-1].level or 1.0
@@ -119,6 +120,7 @@ def parallel(spots: Sequence[Spot], parameters: Sequence[Parameter]) -> Figure:
         x=Axis(ticks=ticks, span=(-0.3, len(axes) + 0.3)),
         y=Axis(hidden=True, span=(-0.08, 1.12)),
         height=420,
+        topmost_first=True,
         notes=tuple(notes),
         zoom=False,
     )
@@ -187,6 +189,12 @@ def _best_so_far(levels: Sequence[float | None], first: int) -> list[tuple[int, 
     if steps:
         steps.append((len(levels), best))
     return steps
+
+
+def _shared(name: str, spots: Sequence[Spot]) -> bool:
+    """Return whether a parameter varies, and most of the spots have it: lines would break at one that few have."""
+    values = [spot.values[name] for spot in spots if name in spot.values]
+    return len(set(values)) > 1 and len(values) > len(spots) / 2
 
 
 def _places(values: Sequence[Value]) -> dict[Value | str, float]:

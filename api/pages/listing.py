@@ -98,7 +98,8 @@ def address(path: str, request: Request, known: Iterable[str]) -> Address:
     """
     found = []
     for name in known:
-        value = " ".join(request.query_params.get(name, "").split())[:MAX_VALUE]
+        # PostgreSQL takes no NUL in a text
+        value = " ".join(request.query_params.get(name, "").replace("\0", " ").split())[:MAX_VALUE]
         if value:
             found.append((name, value))
     return Address(quote(path), tuple(found))

@@ -13,9 +13,11 @@ from tilewise.db.answers import AnswerRepository
 from tilewise.db.devices import DeviceRepository
 from tilewise.db.jobs import JobRepository
 from tilewise.db.trial_points import TrialPoint, TrialPointRepository
+from tilewise.domain.answer import Answer
 from tilewise.domain.errors import NotFoundError
 from tilewise.domain.peaks import Roof, peaks_of, roof_of
 from tilewise.domain.problem import Pass, Problem
+from tilewise.domain.trial import Outcome
 
 from .. import describe
 from ..dependencies import AskedProblem, DatabaseOfApp, DeviceKey, PointsOfApp
@@ -65,7 +67,7 @@ def _subject(
     device_key: DeviceKey, problem: AskedProblem, database: DatabaseOfApp, book: PointsOfApp, request: Request
 ) -> Subject:
     with database.read() as session:
-        trials = book.of(session, device_key, problem)
+        trials = book.of(TrialPointRepository(session, device_key, problem))
     return Subject(device_key, problem, trials, tuple(request.query_params.items()))
 
 
@@ -83,22 +85,25 @@ def problem(subject: SubjectOfPath, database: DatabaseOfApp, request: Request) -
         history = AnswerRepository(session).history(device_key, asked)
         failures = TrialPointRepository(session, device_key, asked).failures()
         device = DeviceRepository(session).get(device_key)
-        evidence = listed.answer.evidence if listed else None
+        answer = listed.answer if listed else None
+        evidence = answer.evidence if answer else None
         job = JobRepository(session).get(evidence.job) if evidence and evidence.job else None
     seen = view(subject)
     at = _address(subject, request, seen)
+    outcomes = Counter(point.outcome for point in subject.points)
+    newest = subject.points[-1].id if subject.points else 0
     return page(
         "problem.html",
         path="/problems",
-        news=News(f"{describe.link(device_key, asked)}/news", _mark(listed, subject.points)),
+        news=News(f"{describe.link(device_key, asked)}/news", _mark(answer, len(subject.points), newest)),
         charts=True,
         at=at,
         subject=subject,
         listed=listed,
         row=describe.row(listed) if listed else None,
         device=device,
-        finalists=finals.rows(listed.answer) if listed else (),
-        absent=finals.absent(subject.points, failures, listed.answer if listed else None),
+        finalists=finals.rows(answer) if answer else (),
+        absent=finals.absent(subject.points, failures, answer),
         roof=roof_of(asked, device),
         no_roof=_no_roof(asked, peaks_of(device) is not None),
         placed=_placed(listed, roof_of(asked, device)),
@@ -108,7 +113,8 @@ def problem(subject: SubjectOfPath, database: DatabaseOfApp, request: Request) -
         shades=SHADES,
         fastest=_fastest(subject.trials),
         failures=failures,
-        outcomes=Counter(point.outcome for point in subject.points).most_common(),
+        outcomes=outcomes.most_common(),
+        failed=outcomes.total() - outcomes[Outcome.OK],
         history=finals.history(history),
         command=commands.tune(asked, job.job.budget if job else None),
         job=job,
@@ -116,37 +122,37 @@ def problem(subject: SubjectOfPath, database: DatabaseOfApp, request: Request) -
 
 
 @router.get(f"{PATH}/news")
-def news(subject: SubjectOfPath, database: DatabaseOfApp) -> Response:
+def news(device_key: DeviceKey, asked: AskedProblem, database: DatabaseOfApp) -> Response:
     """The mark of the page as it would be now."""
     with database.read() as session:
-        listed = next(iter(AnswerListRepository(session).some([(subject.device_key, subject.problem.key)])), None)
-    return marked(_mark(listed, subject.points))
+        answer = AnswerRepository(session).get(device_key, asked)
+        return marked(_mark(answer, *TrialPointRepository(session, device_key, asked).state()))
 
 
 @router.get(f"{PATH}/charts/backends")
-def backends_chart(subject: SubjectOfPath, database: DatabaseOfApp) -> Response:
+def backends_chart(device_key: DeviceKey, asked: AskedProblem, database: DatabaseOfApp) -> Response:
     with database.read() as session:
-        answer = AnswerRepository(session).get(subject.device_key, subject.problem)
+        answer = AnswerRepository(session).get(device_key, asked)
     if answer is None:
-        raise NotFoundError(f"no final of {subject.problem.key} on {subject.device_key} was held yet")
+        raise NotFoundError(f"no final of {asked.key} on {device_key} was held yet")
     return problem_charts.backends(finals.rows(answer)).response()
 
 
 @router.get(f"{PATH}/charts/roofline")
-def roofline_chart(subject: SubjectOfPath, database: DatabaseOfApp) -> Response:
+def roofline_chart(device_key: DeviceKey, asked: AskedProblem, database: DatabaseOfApp) -> Response:
     with database.read() as session:
-        answer = AnswerRepository(session).get(subject.device_key, subject.problem)
-        device = DeviceRepository(session).get(subject.device_key)
-    roof = roof_of(subject.problem, device)
+        answer = AnswerRepository(session).get(device_key, asked)
+        device = DeviceRepository(session).get(device_key)
+    roof = roof_of(asked, device)
     if answer is None or roof is None:
-        raise NotFoundError(f"the roof over {subject.problem.key} on {subject.device_key} is not known")
-    return problem_charts.roofline(subject.problem, roof, finals.rows(answer)).response()
+        raise NotFoundError(f"the roof over {asked.key} on {device_key} is not known")
+    return problem_charts.roofline(asked, roof, finals.rows(answer)).response()
 
 
 @router.get(f"{PATH}/charts/history")
-def history_chart(subject: SubjectOfPath, database: DatabaseOfApp) -> Response:
+def history_chart(device_key: DeviceKey, asked: AskedProblem, database: DatabaseOfApp) -> Response:
     with database.read() as session:
-        history = AnswerRepository(session).history(subject.device_key, subject.problem)
+        history = AnswerRepository(session).history(device_key, asked)
     return problem_charts.over_time(finals.history(history)).response()
 
 
@@ -201,8 +207,8 @@ def _fastest(trials: Landscape) -> tuple[tuple[TrialPoint, float], ...]:
     return tuple(heapq.nsmallest(FASTEST, right, key=lambda pair: pair[1]))
 
 
-def _mark(listed: ListedAnswer | None, points: tuple[TrialPoint, ...]) -> str:
-    return f"{listed.answer.version if listed else 0}-{points[-1].id if points else 0}-{len(points)}"
+def _mark(answer: Answer | None, trials: int, newest: int) -> str:
+    return f"{answer.version if answer else 0}-{trials}-{newest}"
 
 
 def _placed(listed: ListedAnswer | None, roof: Roof | None) -> float | None:

@@ -119,7 +119,7 @@ def over_time(versions: Sequence[Version]) -> Figure:
     most = max((version.over or 1.0 for version in shown), default=1.0)
     return Figure(
         traces=(line,),
-        x=Axis(),
+        x=Axis(title="measured, UTC"),
         y=Axis(title="times as fast as torch", span=(min(1.0, least) * 0.97, max(1.0, most) * 1.03)),
         height=260,
         legend=False,

@@ -24,7 +24,7 @@ COLUMNS = (
     Column("Over torch", Sort.SPEEDUP, "descending", number=True),
     Column("Over default", Sort.DEFAULT, "descending", number=True),
     Column("Match"),
-    Column("Trials", Sort.TRIALS, "descending", number=True),
+    Column("Evidence", Sort.TRIALS, "descending", number=True, unit="trials"),
     Column("Age", Sort.MEASURED, "descending", number=True),
 )
 MASKING = (

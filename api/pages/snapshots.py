@@ -1,7 +1,5 @@
 """/snapshots: what was frozen, the channels that point at it, what differs between two, and who runs which."""
 
-import functools
-import gzip
 from datetime import datetime
 
 from fastapi import APIRouter, Request
@@ -9,16 +7,15 @@ from starlette.responses import HTMLResponse
 
 from tilewise.db.devices import DeviceRepository
 from tilewise.db.pins import PinRepository
-from tilewise.db.session import Database
-from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
+from tilewise.db.snapshots import ChannelRepository, DifferencePage, SnapshotRepository
 from tilewise.domain.errors import NotFoundError
-from tilewise.domain.snapshot import Snapshot, differences, is_snapshot_id
+from tilewise.domain.snapshot import is_snapshot_id
 
 from .. import documents
 from ..dependencies import DatabaseOfApp
 from ..errors import ParameterError, responses
 from ..snapshots import SnapshotId
-from .listing import address, pages
+from .listing import address, asked_page, pages
 from .templating import page
 
 PATH = "/snapshots"
@@ -61,19 +58,22 @@ def diff(request: Request, database: DatabaseOfApp) -> HTMLResponse:
     at = address("/snapshots/diff", request, ("before", "after", "page"))
     names = at.get("before"), at.get("after")
     with database.read() as session:
-        channels = ChannelRepository(session)
+        repository, channels = SnapshotRepository(session), ChannelRepository(session)
         ids = [channels.get(name) or name for name in names]
         known = {name: channels.get(name) for name in channels.names()}
-        choices = SnapshotRepository(session).page(limit=CHOICES).items
-    both = [_loaded(database, each) if each else None for each in ids]
-    found = differences(both[0], both[1]) if both[0] and both[1] else ()
-    shown = pages(at, size=PAGE_SIZE, total=len(found))
+        choices = repository.page(limit=CHOICES).items
+        both = ids if all(at.get(name) for name in ("before", "after")) else None
+        page_of = asked_page(at)
+        found = _differences(repository, ids, page_of) if both else DifferencePage(items=(), total=0)
+        shown = pages(at, size=PAGE_SIZE, total=found.total)
+        if both and shown.page != page_of:
+            found = _differences(repository, ids, shown.page)
     return page(
         "snapshot_diff.html",
         path=PATH,
         at=at,
         both=both,
-        differences=found[shown.first_row - 1 : shown.last_row],
+        differences=found.items,
         pages=shown,
         choices=choices,
         channels=known,
@@ -85,40 +85,33 @@ def snapshot(snapshot_id: SnapshotId, request: Request, database: DatabaseOfApp)
     """One snapshot: its answers, the channels that point at it, who reported that it runs."""
     at = address(f"/snapshots/{snapshot_id}", request, ("page",))
     with database.read() as session:
-        frozen = SnapshotRepository(session).get(snapshot_id)
+        repository = SnapshotRepository(session)
+        frozen = repository.get(snapshot_id)
+        if frozen is None:
+            raise NotFoundError(f"no snapshot {snapshot_id} is kept here; clients may hold it all the same")
+        shown = pages(at, size=PAGE_SIZE, total=frozen.answers)
+        answers = repository.answers(snapshot_id, offset=shown.first_row - 1, limit=PAGE_SIZE)
         channels = ChannelRepository(session)
         points = [name for name in channels.names() if channels.get(name) == snapshot_id]
         pins = PinRepository(session).of_snapshot(snapshot_id)
-    if frozen is None:
-        raise NotFoundError(f"no snapshot {snapshot_id} is kept here; clients may hold it all the same")
-    answers = _loaded(database, snapshot_id).answers
-    shown = pages(at, size=PAGE_SIZE, total=len(answers))
     return page(
         "snapshot.html",
         path=PATH,
         at=at,
         frozen=frozen,
-        answers=answers[shown.first_row - 1 : shown.last_row],
+        answers=answers,
         pages=shown,
         points=points,
         pins=pins,
     )
 
 
-def _loaded(database: Database, snapshot_id: str) -> Snapshot:
-    if not is_snapshot_id(snapshot_id):
-        raise NotFoundError(f"no snapshot or channel {snapshot_id!r}")
-    with database.read() as session:
-        file = SnapshotRepository(session).file(snapshot_id)
-    if file is None:
-        raise NotFoundError(f"no snapshot {snapshot_id} is kept here")
-    return _read(snapshot_id, file)
-
-
-@functools.lru_cache(maxsize=8)
-def _read(snapshot_id: str, file: bytes) -> Snapshot:
-    """An id names the same answers for ever: who turns pages does not read them again."""
-    return Snapshot.loads(gzip.decompress(file), name=f"snapshot {snapshot_id[:12]}")
+def _differences(snapshots: SnapshotRepository, ids: list[str], number: int) -> DifferencePage:
+    for each in ids:
+        if not is_snapshot_id(each):
+            raise NotFoundError(f"no snapshot or channel {each!r}")
+    offset = (number - 1) * PAGE_SIZE
+    return snapshots.differences(ids[0], ids[1], offset=offset, limit=PAGE_SIZE)
 
 
 def _position(cursor: str) -> tuple[object, ...] | None:

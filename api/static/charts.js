@@ -86,13 +86,20 @@ function say(chart, text, again) {
   chart.replaceChildren(line);
 }
 
-async function draw(chart) {
+// One after another: a change of the window's width must not meet a drawing that is not done.
+function draw(chart) {
+  chart.work = (chart.work ?? Promise.resolve()).catch(() => {}).then(() => paint(chart));
+  return chart.work;
+}
+
+async function paint(chart) {
   const library = await loadPlotly();
   const style = getComputedStyle(chart);
   const figure = coloured(structuredClone(chart.figure), style);
   const layout = { ...base(style), ...figure.layout };
+  layout.legend = { ...base(style).legend, ...figure.layout.legend };
   for (const axis of ["xaxis", "yaxis"]) layout[axis] = { ...lines(style), ...figure.layout[axis] };
-  layout.width = chart.clientWidth;
+  layout.width = chart.drawnWidth = chart.clientWidth;
   const first = !chart.plot;
   if (first) {
     chart.plot = document.createElement("div");
@@ -108,12 +115,11 @@ async function draw(chart) {
     else if (typeof link === "string" && link.startsWith("#")) location.hash = link;
   });
   if (chart.dataset.zoom !== undefined) chart.plot.on("plotly_relayout", (change) => zoomed(chart, change));
-  let width = chart.clientWidth;
-  new ResizeObserver(() => {
-    if (!chart.plot || chart.clientWidth === width) return;
-    width = chart.clientWidth;
-    library.relayout(chart.plot, { width });
-  }).observe(chart);
+  if (chart.watched) return;
+  chart.watched = new ResizeObserver(() => {
+    if (chart.plot && chart.clientWidth !== chart.drawnWidth) draw(chart);
+  });
+  chart.watched.observe(chart);
 }
 
 // The server aggregates what is far too much to draw; of a stretch it shows every point.
@@ -127,8 +133,8 @@ async function zoomed(chart, change) {
     url.searchParams.set("from", Math.floor(from));
     url.searchParams.set("to", Math.ceil(to));
   }
-  const reply = await fetch(url, { headers: { Accept: "application/json" } });
-  if (!reply.ok) return;
+  const reply = await fetch(url, { headers: { Accept: "application/json" } }).catch(() => null);
+  if (!reply?.ok) return; // what is drawn is zoomed all the same, without more detail
   chart.figure = await reply.json();
   chart.querySelector(".chart-reset").hidden = Boolean(all);
   await draw(chart);
@@ -169,7 +175,7 @@ function base(style) {
       font: { family: style.fontFamily, size: 13, color: ink },
       align: "left",
     },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "reversed", font: { color: ink } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
     hovermode: "closest",
     dragmode: "zoom",
     bargap: 0.35,

@@ -1,5 +1,6 @@
 """Landscapes: what is made of thousands of trials."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from tilewise.api.pages.charts import Figure, Points
 from tilewise.api.pages.landscape_charts import MOST_LINES, MOST_POINTS, course, parallel
 from tilewise.api.points import PointBook
 from tilewise.db.session import Database
-from tilewise.db.trial_points import TrialPoint
+from tilewise.db.trial_points import TrialPoint, TrialPointRepository
 from tilewise.db.trials import TrialRepository
 from tilewise.domain.config import Candidate, Config, Value
 from tilewise.domain.trial import Outcome, Stage, Trial
@@ -154,6 +155,14 @@ def test_lines_across_all_parameters_are_few_and_lead_to_their_trials() -> None:
     assert f"/trials/{top.trial}" in traces[-1].links
 
 
+def test_a_parameter_that_few_have_breaks_no_line() -> None:
+    few = [point(n, candidate(a=n, b=n % 2, rare=n), 0.5) for n in (1, 2)]
+    trials = Landscape((*few, *(point(n, candidate(a=n, b=n % 2), 0.6) for n in range(3, 9))))
+    spots = trials.spots(FORWARD)
+    figure = parallel(spots, parameters(spots))
+    assert [text for _, text in figure.x.ticks or ()] == ["a", "b", "time"]
+
+
 class TestPointBook:
     @staticmethod
     def keep(database: Database, *tried: Candidate) -> None:
@@ -167,7 +176,7 @@ class TestPointBook:
     @staticmethod
     def read(book: PointBook, database: Database) -> Landscape:
         with database.read() as session:
-            return book.of(session, DEVICE, PROBLEM)
+            return book.of(TrialPointRepository(session, DEVICE, PROBLEM))
 
     def test_it_follows_the_database_and_keeps_what_stands(self, sqlite: Database) -> None:
         book = PointBook()
@@ -202,5 +211,5 @@ class TestPointBook:
         self.keep(sqlite, SDPA, candidate(a=1))
         first = self.read(book, sqlite)
         with sqlite.read() as session:
-            book.of(session, DEVICE, PROBLEM.bucket())
+            book.of(TrialPointRepository(session, DEVICE, dataclasses.replace(PROBLEM, batch=2)))
         assert self.read(book, sqlite) is first

@@ -74,6 +74,7 @@ def test_devices_trials_and_answers_are_kept(database: Database, report: Report)
         evidence = answers[row.problem.key].evidence
         assert evidence is not None
         assert {each.candidate for each in evidence.finalists} == {entry.candidate for entry in row.entries}
+        assert all(each.candidate.configs for each in evidence.finalists if each.default)
         assert evidence.measured == max(trial.when for trial in row.trials)
         assert evidence.reason.endswith("a final of `tilewise bench core`")
         assert answers[row.problem.key].software == row.run.software

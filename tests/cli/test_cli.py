@@ -97,6 +97,29 @@ def test_a_picture_of_the_search(run: Cli, tmp_path: Path) -> None:
     assert "expected a .png, .svg or .pdf file in a folder that exists" in run.err
 
 
+def test_one_candidate_is_tried_and_nothing_kept(run: Cli, home: Path) -> None:
+    tiled = {"kernel": "cpu_tiled", "values": {"block_q": 32, "block_k": 32, "heads_per_chunk": 1}}
+    candidate = json.dumps({"backend": "cpu_tiled", "configs": {"forward": tiled}})
+    assert run("try", KEY, "--candidate", candidate, "--device", "cpu", "--rounds", "5", "--json") == 0
+    found = json.loads(run.out)
+    assert found["trial"]["outcome"] == "ok"
+    assert [each["backend"] for each in found["finalists"]] == ["sdpa", "cpu_tiled"]
+    assert found["final"]["measurements"][0]["ratio"] == 1
+    assert found["final"]["measurements"][1]["samples"] >= 5
+    assert written(home) == []
+
+
+def test_a_candidate_that_is_not_right_is_said_to_be(run: Cli) -> None:
+    assert run("try", KEY, "--candidate", '{"backend": "flash"}', "--device", "cpu") == 1
+    assert run.out == "unsupported  flash: needs a CUDA device\n"
+    odd = {"backend": "cpu_tiled", "configs": {"forward": {"kernel": "cpu_tiled", "values": {"block_q": 32}}}}
+    assert run("try", KEY, "--candidate", json.dumps(odd), "--device", "cpu") == 1
+    assert run.out.startswith("failed  cpu_tiled(block_q=32): ")
+    for text, says in (('{"backend"', "--candidate: "), ('{"backend": "none"}', "unknown backend 'none'")):
+        assert run("try", KEY, "--candidate", text, "--device", "cpu") == 2
+        assert says in run.err
+
+
 def test_a_training_step_with_dropout_is_tuned(run: Cli) -> None:
     key = "training.fp32.b1.h2.kv2.q128.k128.d32.causal.dropout"
     assert run("tune", "--problem", key, "--device", "cpu", "--trials", "3", "--seconds", "20", "--json") == 0

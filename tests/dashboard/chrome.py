@@ -99,11 +99,12 @@ def settled(page: Page) -> None:
     page.evaluate("scrollTo(0, 0)")
 
 
-def serious(page: Page) -> list[str]:
-    """Return what axe-core finds of serious and critical impact, each with the elements."""
+def serious(page: Page, *, rules: tuple[str, ...] = ()) -> list[str]:
+    """Return what axe-core finds of serious and critical impact, by all of its rules or some, with the elements."""
     if not page.evaluate("typeof axe === 'object'"):
         page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text())
-    found: dict[str, Any] = json.loads(page.evaluate("axe.run().then(found => JSON.stringify(found))"))
+    options = json.dumps({"resultTypes": ["violations"], **({"runOnly": list(rules)} if rules else {})})
+    found: dict[str, Any] = json.loads(page.evaluate(f"axe.run({options}).then(found => JSON.stringify(found))"))
     return [
         f"{each['impact']} {each['id']}: {each['help']}: {[node['target'] for node in each['nodes'][:5]]}"
         for each in found["violations"]

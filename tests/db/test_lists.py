@@ -61,7 +61,7 @@ def filled(database: Database) -> Database:
     return database
 
 
-FOUND = (
+FOUND: tuple[tuple[AnswerFilter, list[int]], ...] = (
     (AnswerFilter(), [1, 2, 3, 4]),
     (AnswerFilter(device_key=OTHER), [4]),
     (AnswerFilter(backend="sdpa"), [3]),

@@ -13,7 +13,7 @@ from tests.domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.demand import DemandRepository
 from tilewise.db.devices import DeviceRepository, ProblemRepository
-from tilewise.db.finals import FinalRepository
+from tilewise.db.finals import FinalRepository, with_software
 from tilewise.db.jobs import MAX_ATTEMPTS, JobRepository
 from tilewise.db.pins import PinRepository
 from tilewise.db.session import Database
@@ -22,10 +22,11 @@ from tilewise.db.tokens import AuditRepository, TokenRepository
 from tilewise.db.trials import ListedTrial, TrialRepository, TrialSort
 from tilewise.domain import token as tokens
 from tilewise.domain.answer import Match
+from tilewise.domain.config import Plan
 from tilewise.domain.errors import NotFoundError, SettingsError
 from tilewise.domain.job import BUDGETS, Job, JobState
 from tilewise.domain.problem import Problem
-from tilewise.domain.snapshot import Snapshot
+from tilewise.domain.snapshot import Snapshot, differences
 from tilewise.domain.token import Scope
 from tilewise.domain.trial import Outcome, Stage, Trial, now
 from tilewise.domain.usage import NEAR_LOSS, STALE_LOSS, UNKNOWN_LOSS, Usage, Use
@@ -211,6 +212,26 @@ class TestSnapshots:
                 with pytest.raises(NotFoundError, match="nothing to go back to"):
                     channels.rollback("stable", to=to, reason="", actor="")
 
+    def test_what_differs_between_two_is_read_without_building_all(self, database: Database) -> None:
+        third = dataclasses.replace(PROBLEM, batch=3)
+        other_plan = dataclasses.replace(answer(OTHER), plan=Plan(SDPA))
+        newer = dataclasses.replace(answer(), version=2)  # measured again, the same plan
+        one, two = Snapshot.of([answer(), answer(OTHER)]), Snapshot.of([newer, other_plan, answer(third)])
+        with database.write() as session:
+            snapshots = SnapshotRepository(session)
+            for each in (one, two):
+                snapshots.freeze(each)
+            found = snapshots.differences(one.id, two.id)
+            assert (found.items, found.total) == (differences(one, two), 2)
+            assert {(each.problem, each.before is None) for each in found.items} == {(OTHER, False), (third, True)}
+            assert snapshots.differences(one.id, two.id, offset=1, limit=1).items == found.items[1:]
+            assert snapshots.differences(one.id, one.id).total == 0
+            back = snapshots.differences(two.id, one.id).items
+            assert [(each.before, each.after) for each in back] == [(each.after, each.before) for each in found.items]
+            assert snapshots.answers(two.id, offset=1, limit=2) == two.answers[1:]
+            with pytest.raises(NotFoundError, match="no snapshot"):
+                snapshots.differences(one.id, "e" * 64)
+
 
 class TestDemand:
     def report(self, database: Database, *uses: Use) -> None:
@@ -361,11 +382,13 @@ class TestFinals:
             again = dataclasses.replace(answer(software=newer), evidence=later)
             answers.replace(again, expected_version=1, reason="upgraded")
         with database.read() as session:
-            finals = FinalRepository(session)
-            new, old = finals.softwares(DEVICE)
+            finals = FinalRepository(session).every(DEVICE)
+            assert [final.problem_key for final in finals] == [PROBLEM.key, OTHER.key, PROBLEM.key]
+            new, old = FinalRepository(session).softwares(finals)
+            assert (sorted(new.problems), sorted(old.problems)) == ([PROBLEM.key], sorted([PROBLEM.key, OTHER.key]))
             assert (new.software, new.finals, old.software, old.finals) == (newer, 1, SOFTWARE, 2)
             assert (old.first, old.last, new.first) == (evidence.measured, evidence.measured, later.measured)
-            keys = [[final.problem_key for final in finals.with_software(DEVICE, use.digest)] for use in (new, old)]
+            keys = [[final.problem_key for final in with_software(finals, use.digest)] for use in (new, old)]
         assert keys == [[PROBLEM.key], sorted([PROBLEM.key, OTHER.key])]
 
 

@@ -51,6 +51,18 @@ def test_torchs_own_choice_stays_within_the_noise() -> None:
     assert reason == f"torch's own choice, sdpa, stays: {TILED} is 1.00% faster, within the noise of 2.00%"
 
 
+def test_what_tuning_won_over_the_default_config_is_a_ratio_of_the_final() -> None:
+    final = Final(measurements=(measured(1.0), measured(0.5), measured(0.7)), noise=0.01)
+    answer = decide(
+        PROBLEM, DEVICE, SOFTWARE, (SDPA, TILED, OTHER), final, standing=None, searched=SEARCHED, defaults=[OTHER]
+    )
+    assert answer.evidence is not None
+    assert [each.default for each in answer.evidence.finalists] == [False, True, False]
+    assert answer.default_speedup == pytest.approx(1.4)
+    stays = decide(PROBLEM, DEVICE, SOFTWARE, (SDPA, TILED, OTHER), final, standing=SDPA, searched=SEARCHED)
+    assert stays.default_speedup is None
+
+
 def test_only_torchs_own_choice_ran() -> None:
     winner, _ = verdict()
     assert winner == SDPA
