@@ -42,7 +42,7 @@ demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
 test: $(INSTALLED) chromium
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 screenshots: $(INSTALLED) chromium
 	$(PY) -m tests.dashboard.screenshots docs/dashboard
@@ -63,7 +63,7 @@ check: $(INSTALLED) chromium
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m mypy tests examples
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
