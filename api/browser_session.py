@@ -3,8 +3,8 @@
 The cookie holds the token's id, when the session ends, and a MAC over both. Its key is the hash that the database keeps
 of the token's secret: so every process of the service can check it, no table is needed, and the session ends with the
 token. It is HttpOnly (no script reads it) and SameSite=Lax (a link from elsewhere opens a page, and nothing else from
-there carries it); it is accepted for GET and HEAD alone. What changes something wants the token itself, in the Authorization header, which a browser never
-adds by itself: there is nothing that another site could make it do (CSRF).
+there carries it); it is accepted for GET and HEAD alone. What changes something wants the token itself, in the
+Authorization header, which a browser never adds by itself: there is nothing that another site could make it do (CSRF).
 """
 
 import hmac
