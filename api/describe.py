@@ -36,13 +36,11 @@ class Row:
 
     title: str
     sizes: str
-    problem_key: str
     device_key: str
     link: str
     parts: tuple[Part, ...]
     expected: str
     interval: str
-    baseline: str
     tflops: str
     worth: str
     won: bool
@@ -62,13 +60,11 @@ def row(listed: ListedAnswer) -> Row:
     return Row(
         title=title(answer.problem),
         sizes=sizes(answer.problem),
-        problem_key=answer.problem.key,
         device_key=answer.device_key,
         link=link(answer.device_key, answer.problem),
         parts=parts(answer.plan),
         expected=figure(answer.expected_ms),
         interval="" if answer.interval is None else " to ".join(figure(side) for side in answer.interval),
-        baseline=figure(answer.baseline_ms),
         tflops=figure(tflops(answer.problem, listed.forward_flops, answer.expected_ms)),
         worth=factor(speedup),
         won=speedup is not None and speedup >= WON,
