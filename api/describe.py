@@ -106,7 +106,7 @@ def title(problem: Problem) -> str:
 
 
 def sizes(problem: Problem) -> str:
-    """Return the sizes in words: `batch 1, 64/8 heads, 4,096 tokens, head_dim 128`."""
+    """Return the sizes in words, to be broken after commas only: `batch 1, 64/8 heads, 4,096 tokens, head_dim 128`."""
     heads = f"{problem.heads:,}" if problem.heads == problem.kv_heads else f"{problem.heads:,}/{problem.kv_heads:,}"
     tokens = f"{problem.q_len:,} tokens"
     if problem.q_len != problem.kv_len:
@@ -114,7 +114,8 @@ def sizes(problem: Problem) -> str:
     dim = str(problem.head_dim)
     if problem.head_dim != problem.v_head_dim:
         dim = f"{problem.head_dim}/{problem.v_head_dim}"
-    return f"batch {problem.batch:,}, {heads} heads, {tokens}, head_dim {dim}"
+    parts = f"batch {problem.batch:,}", f"{heads} heads", tokens, f"head_dim {dim}"
+    return ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
 def figure(value: float | None) -> str:

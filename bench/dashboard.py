@@ -145,6 +145,7 @@ def main() -> None:
     one = f"/problems/{DEVICE}/{problems(1)[0].key}"
     paths = ["/", "/problems", "/problems?q=d128&sort=-speedup&mask=causal&match=exact", "/problems?page=150", one]
     paths += [f"{one}?p.tma=yes&p.block_m=128", f"{one}/charts/course", f"{one}/charts/parallel", "/trials/1"]
+    paths += ["/compare", "/compare/backends", "/jobs", "/devices", "/snapshots", "/demand", "/tokens"]
     with (
         tempfile.TemporaryDirectory() as folder,
         Database.open(f"sqlite:///{folder}/tilewise.db", upgrade=True) as database,
