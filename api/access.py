@@ -15,6 +15,7 @@ from tilewise.domain.token import Scope, Token
 from tilewise.domain.trial import now
 
 from . import browser_session
+from .settings import STOP_SECONDS
 
 FOLLOW_SECONDS = 1.0
 _log = logging.getLogger("tilewise.api")
@@ -68,6 +69,7 @@ class Callers:
         self._away = False
         self._behind = True
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         database.watch(self._fall_behind)
 
     def _fall_behind(self) -> None:
@@ -119,10 +121,14 @@ class Callers:
 
     def start(self) -> None:
         """Follow the database on a daemon thread until `stop`: a revoked token ends within a second or so."""
-        threading.Thread(target=self._follow, name="tilewise-tokens", daemon=True).start()
+        self._thread = threading.Thread(target=self._follow, name="tilewise-tokens", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
+        """Return when the thread has ended, so that the database can be closed; or after some seconds in a hang."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
 
     def _follow(self) -> None:
         while not self._stop.wait(FOLLOW_SECONDS):

@@ -27,6 +27,8 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import file_of
 from tilewise.domain.software import Software
 
+from .settings import STOP_SECONDS
+
 FOLLOW_SECONDS = 0.25
 MAX_REPLIES = 20_000
 MAX_ASKED = 100
@@ -132,6 +134,7 @@ class AnswerBook:
         self._behind = True
         self._trouble = ""
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self._handed_out: deque[DeviceSnapshot] = deque(maxlen=MAX_HANDED_OUT)
         self._known_ids = {file_of(())[0]}  # the empty snapshot is nothing to keep
         self._unkept = ""
@@ -254,10 +257,14 @@ class AnswerBook:
 
     def start(self) -> None:
         """Follow the database on a daemon thread until `stop`."""
-        threading.Thread(target=self._follow, name="tilewise-answers", daemon=True).start()
+        self._thread = threading.Thread(target=self._follow, name="tilewise-answers", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
+        """Return when the thread has ended, so that the database can be closed; or after some seconds in a hang."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
 
     def _follow(self) -> None:
         read_ahead = 0

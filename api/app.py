@@ -93,4 +93,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         follower.start()
     yield
     for follower in followers:
-        follower.stop()
+        await run_in_threadpool(follower.stop)

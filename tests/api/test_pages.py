@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -68,9 +67,6 @@ def filled(database: Database) -> Iterator[tuple[TestClient, Database, str]]:
         DemandRepository(session).add(Usage(device_key=DEVICE, snapshot=frozen.id, uses=(missed,)))
     with TestClient(create_app(database)) as client:
         yield client, database, job
-    for thread in threading.enumerate():
-        if thread.name.startswith("tilewise-"):
-            thread.join(timeout=10)  # so that its connection is back before the database is closed
 
 
 def test_nothing_that_people_write_becomes_a_part_of_a_page(filled: tuple[TestClient, Database, str]) -> None:
