@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from tilewise.domain import codec
 from tilewise.domain.device import Device
@@ -65,6 +65,23 @@ class DeviceRepository:
     def keys(self) -> tuple[str, ...]:
         """Return the keys of all devices, sorted."""
         return tuple(self._session.scalars(select(DeviceRow.key).order_by(DeviceRow.key)))
+
+    def most_in_common(self, key: str = "") -> tuple[str, ...]:
+        """Return the two devices that have most tuned problems in common, one of them `key` where it is not empty.
+
+        The one with the smaller key comes first, but `key` before the other. Empty where no two have any in common.
+        """
+        one, other = aliased(AnswerRow), aliased(AnswerRow)
+        wanted = (one.device_key == key) & (other.device_key != key) if key else one.device_key < other.device_key
+        query = (
+            select(one.device_key, other.device_key)
+            .join(other, other.problem_key == one.problem_key)
+            .where(wanted)
+            .group_by(one.device_key, other.device_key)
+            .order_by(func.count().desc(), one.device_key, other.device_key)
+            .limit(1)
+        )
+        return tuple(self._session.execute(query).one_or_none() or ())
 
     def page(self, *, search: str = "", after: Position | None = None, limit: int = 50) -> Page[ListedDevice]:
         """Return a page of the devices by their keys, those whose key holds `search`."""

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
+from tilewise.db.devices import DeviceRepository
 from tilewise.db.finals import Final, FinalRepository, SoftwareUse, with_software
 from tilewise.db.session import Database
 
@@ -31,7 +32,9 @@ def devices(request: Request, database: DatabaseOfApp, book: FinalBookOfApp) -> 
     """Two devices over the problems that were tuned on both."""
     at = address(DEVICES, request, (*_FILTERS, "page"))
     keys = [one.key for one in measured_devices(database)]
-    first, second = two(at, keys)
+    with database.read() as session:
+        likely = DeviceRepository(session).most_in_common(at.get("a") or at.get("b"))
+    first, second = two(at, keys, prefer=likely)
     return _page(at, _of_devices(book, first, second), first, second, choices=[(key, key) for key in keys])
 
 

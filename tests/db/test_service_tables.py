@@ -357,6 +357,27 @@ class TestDevices:
         assert first.measured == evidence.measured
         assert (second.key, second.answers, second.speedup, second.measured) == ("nvidia-a100.sm80.40g", 0, None, None)
 
+    def test_two_devices_to_compare_are_those_with_most_in_common(self, database: Database) -> None:
+        def common(key: str = "") -> tuple[str, ...]:
+            with database.read() as session:
+                return DeviceRepository(session).most_in_common(key)
+
+        def put(device_key: str, *problems: Problem) -> None:
+            with database.write() as session:
+                for problem in problems:
+                    made = dataclasses.replace(answer(problem), device_key=device_key)
+                    AnswerRepository(session).replace(made, expected_version=0, reason="test")
+
+        assert common() == ()
+        third = dataclasses.replace(PROBLEM, batch=3)
+        put("c.avx2.1t", PROBLEM, OTHER, third)
+        assert common() == common("c.avx2.1t") == ()
+        put("a.avx2.1t", PROBLEM)
+        put("b.avx2.1t", PROBLEM, OTHER)
+        assert common() == ("b.avx2.1t", "c.avx2.1t")
+        assert common("c.avx2.1t") == ("c.avx2.1t", "b.avx2.1t")
+        assert common("a.avx2.1t") == ("a.avx2.1t", "b.avx2.1t")
+
 
 class TestFinals:
     def test_the_best_of_each_backend_is_read(self, database: Database) -> None:
