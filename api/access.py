@@ -3,7 +3,6 @@
 import base64
 import binascii
 import logging
-import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from tilewise.domain.token import Scope, Token
 from tilewise.domain.trial import now
 
 from . import browser_session
-from .settings import STOP_SECONDS
+from .follower import Follower
 
 FOLLOW_SECONDS = 1.0
 _log = logging.getLogger("tilewise.api")
@@ -68,8 +67,8 @@ class Callers:
         self._known = False  # whether the tokens were ever read: until then nobody is let in
         self._away = False
         self._behind = True
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        # a revoked token ends within a second or so
+        self.follower = Follower("tokens", self.refresh, seconds=FOLLOW_SECONDS)
         database.watch(self._fall_behind)
 
     def _fall_behind(self) -> None:
@@ -118,24 +117,6 @@ class Callers:
             if not self._away:  # said once, not every second
                 _log.error("tokens are checked from memory: %s", error)
             self._away = True
-
-    def start(self) -> None:
-        """Follow the database on a daemon thread until `stop`: a revoked token ends within a second or so."""
-        self._thread = threading.Thread(target=self._follow, name="tilewise-tokens", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Return when the thread has ended, so that the database can be closed; or after some seconds in a hang."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(STOP_SECONDS)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(FOLLOW_SECONDS):
-            try:
-                self.refresh()
-            except Exception:  # a mistake here must not leave revoked tokens standing without a word
-                _log.exception("the tokens could not be refreshed")
 
 
 def _password(text: str) -> str:

@@ -27,7 +27,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.snapshot import file_of
 from tilewise.domain.software import Software
 
-from .settings import STOP_SECONDS
+from .follower import Follower
 
 FOLLOW_SECONDS = 0.25
 MAX_REPLIES = 20_000
@@ -133,8 +133,8 @@ class AnswerBook:
         self._refreshing = threading.Lock()
         self._behind = True
         self._trouble = ""
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._read_ahead = 0
+        self.follower = Follower("answers", self._keep_up, seconds=FOLLOW_SECONDS)
         self._handed_out: deque[DeviceSnapshot] = deque(maxlen=MAX_HANDED_OUT)
         self._known_ids = {file_of(())[0]}  # the empty snapshot is nothing to keep
         self._unkept = ""
@@ -255,33 +255,15 @@ class AnswerBook:
             if newest != self._state.newest:
                 self._state = state.changed(changed, newest)
 
-    def start(self) -> None:
-        """Follow the database on a daemon thread until `stop`."""
-        self._thread = threading.Thread(target=self._follow, name="tilewise-answers", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Return when the thread has ended, so that the database can be closed; or after some seconds in a hang."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(STOP_SECONDS)
-
-    def _follow(self) -> None:
-        read_ahead = 0
-        while True:
-            try:
-                self.refresh()
-                state = self._state
-                if state.newest != read_ahead:
-                    for stored in state.stored.values():
-                        for found in stored.values():
-                            _ = found.bare  # read here, so that no request waits for it
-                    read_ahead = state.newest
-                self._keep_handed_out()
-            except Exception:  # a mistake here must not leave the service with old answers for ever
-                _log.exception("the answers could not be refreshed")
-            if self._stop.wait(FOLLOW_SECONDS):
-                return
+    def _keep_up(self) -> None:
+        self.refresh()
+        state = self._state
+        if state.newest != self._read_ahead:
+            for stored in state.stored.values():
+                for found in stored.values():
+                    _ = found.bare  # read here, so that no request waits for it
+            self._read_ahead = state.newest
+        self._keep_handed_out()
 
     def _keep_handed_out(self) -> None:
         """Keep what was sent, so that a job can pin it when other answers stand."""

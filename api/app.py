@@ -87,10 +87,10 @@ def create_app(database: Database, settings: ServiceSettings | None = None) -> F
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(app.state.database.check)
-    followers = (app.state.answer_book, app.state.callers)
-    for follower in followers:
-        await run_in_threadpool(follower.refresh)
-        follower.start()
+    tables = (app.state.answer_book, app.state.callers)
+    for table in tables:
+        await run_in_threadpool(table.refresh)
+        table.follower.start()
     yield
-    for follower in followers:
-        await run_in_threadpool(follower.stop)
+    for table in tables:
+        await run_in_threadpool(table.follower.stop)

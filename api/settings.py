@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-STOP_SECONDS = 10.0  # that a thread of the service has to end
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSettings:

@@ -291,7 +291,7 @@ def test_another_process_that_writes_is_followed(client: TestClient, sqlite: Dat
 def test_a_lookup_touches_no_sql(client: TestClient, sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     put(sqlite, answer())
     client.get(ONE)
-    client.app.state.answer_book.stop()  # type: ignore[attr-defined]
+    client.app.state.answer_book.follower.stop()  # type: ignore[attr-defined]
 
     def fail(*_: object) -> None:
         raise AssertionError("the database was asked")
