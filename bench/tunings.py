@@ -96,13 +96,15 @@ class Row:
     def of_optimum(self) -> float | None:
         """Speed of the slowest winner as a share of the landscape's optimum; None without a landscape."""
         best = min((each.ratio for each in self.compared if each.optimum), default=None)
-        return None if best is None else best / max(self._winners())
+        winners = self._winners()
+        return None if best is None or not winners else best / max(winners)
 
     @property
     def over_defaults(self) -> float | None:
         """How many times faster the median winner is than the fastest default; None before the final."""
         best = min((each.ratio for each in self.compared if each.default), default=None)
-        return None if best is None else best / statistics.median(self._winners())
+        winners = self._winners()
+        return None if best is None or not winners else best / statistics.median(winners)
 
     @property
     def apart(self) -> float | None:
@@ -190,9 +192,9 @@ def compared(row: Row, crew: Crew, optima: Sequence[Candidate]) -> Row:
         finalists = tuple(each for each in right if each in must or each in optima or right[each] <= SLOW * best)
         finalists = tuple(dict.fromkeys([reference, *finalists]))
         while (judged := pipeline.judge(finalists, rounds=ROUNDS, seconds=SECONDS)).final is None:
-            out = {trial.candidate for trial in judged.failures}
+            out = {trial.candidate: trial.message for trial in judged.failures}
             if reference in out:
-                raise TuningError(f"{row.problem.key}: the reference fails: {judged.failures[0].message}")
+                raise TuningError(f"{row.problem.key}: the reference fails: {out[reference]}")
             finalists = tuple(each for each in finalists if each not in out)
     finally:
         pipeline.abandon()

@@ -32,8 +32,10 @@ def devices(request: Request, database: DatabaseOfApp, book: FinalBookOfApp) -> 
     """Two devices over the problems that were tuned on both."""
     at = address(DEVICES, request, (*_FILTERS, "page"))
     keys = [one.key for one in measured_devices(database)]
-    with database.read() as session:
-        likely = DeviceRepository(session).most_in_common(at.get("a") or at.get("b"))
+    likely: tuple[str, ...] = ()
+    if not (at.get("a") and at.get("b")):
+        with database.read() as session:
+            likely = DeviceRepository(session).most_in_common(at.get("a") or at.get("b"))
     first, second = two(at, keys, prefer=likely)
     return _page(at, _of_devices(book, first, second), first, second, choices=[(key, key) for key in keys])
 

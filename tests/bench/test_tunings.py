@@ -59,6 +59,8 @@ def test_winners_are_compared_inside_one_final() -> None:
     before = replace(found, compared=())
     assert (before.of_optimum, before.over_defaults, before.apart) == (None, None, None)
     assert replace(found, compared=found.compared[:4]).of_optimum is None
+    failed = replace(row(tiled(128)), compared=found.compared)  # its winner was not right in the final
+    assert (failed.of_optimum, failed.over_defaults, failed.apart) == (None, None, None)
     (line,) = (
         line for line in page(Report(command="c", device_key="d", rows=(found,))).splitlines() if "quick" in line
     )
