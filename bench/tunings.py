@@ -226,18 +226,20 @@ def page(report: Report) -> str:
         f"    {report.command}",
         "",
         "Wall time is that of the whole command with empty caches; the seconds behind it are of the median command:",
-        "until torch's own choice was measured, search, final. The other columns are of one interleaved final of each",
-        "problem: the slowest winner's speed as a share of the landscape's best, how many times faster than the",
-        "fastest default of any backend the median winner is, and how far the winners lie apart.",
+        "until the tuning began, until torch's own choice was measured, search, final, and the end of the process. The",
+        "other columns are of one interleaved final of each problem: the slowest winner's speed as a share of the",
+        "landscape's best, how many times faster than the fastest default of any backend the median winner is, and how",
+        "far the winners lie apart.",
         "",
-        "| problem | budget | tunings | wall s, median | longest | prepare, search, final s | of the optimum "
-        "| over the best default | apart | noise |",
+        "| problem | budget | tunings | wall s, median | longest | start, prepare, search, final, end s "
+        "| of the optimum | over the best default | apart | noise |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in report.rows:
         ordered = sorted(row.tunings, key=lambda tuning: tuning.seconds)
         median = ordered[len(ordered) // 2]
-        spent = f"{median.spent.prepare:.1f}, {median.spent.search:.1f}, {median.spent.final:.1f}"
+        phases = median.spent.start, median.spent.prepare, median.spent.search, median.spent.final
+        spent = ", ".join(f"{each:.1f}" for each in (*phases, median.seconds - sum(phases)))
         lines.append(
             f"| {row.problem.key} | {row.budget} | {len(ordered)} | {median.seconds:.1f} | {ordered[-1].seconds:.1f} "
             f"| {spent} | {_share(row.of_optimum)} | {_times(row.over_defaults)} | {_share(row.apart)} "

@@ -173,18 +173,22 @@ class Checker:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Within, torch.empty is full of NaN: an element that a kernel forgets to write shows."""
+    """Within, torch.empty is full of NaN: an element that a kernel forgets to write shows.
+
+    torch fills it where algorithms are to be deterministic. torch.use_deterministic_algorithms would also import all of
+    inductor, for seconds, and make it compile another kernel than the one that is timed.
+    """
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling: Any = torch.utils.deterministic
     fills = filling.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
         filling.fill_uninitialized_memory = True
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+            torch._C._set_deterministic_algorithms(mode[0], warn_only=mode[1])
             filling.fill_uninitialized_memory = fills
 
 

@@ -11,6 +11,8 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.device import DeviceKind
 from tilewise.domain.errors import TuningError
+from tilewise.domain.matching import default_candidate
+from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
 from tilewise.kernels.ahead import COMPILERS, Footprint
@@ -18,8 +20,8 @@ from tilewise.kernels.backends import backend_named
 
 from .compiling import Compiled, Compiling
 from .limits import Limits
-from .measuring import Attempting, Judging, Preparation, Setup, Soaking, no_setup
-from .processes import Ended, Worker, wait_for
+from .measuring import Attempting, Judging, Preparation, Readying, Setup, Soaking, no_setup
+from .processes import Ended, Worker, nothing, stop_all, wait_for
 from .trying import Judged, stage_of
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
@@ -61,9 +63,26 @@ class Crew:
         each = min(self.limits.compile_memory_gib, machine / (count + 1))
         self.compilers = [Worker(self.limits, memory_gib=each, strict=True) for _ in range(count)]
 
+    def begin(self, problem: Problem, *, seed: int) -> None:
+        """Have all processes started, and the tensors and float64 results of `problem` made, while others go on.
+
+        A tuning of that problem and seed finds them there.
+        """
+        preparation = Preparation(
+            problem=problem,
+            device=str(self.device),
+            reference=default_candidate(problem),
+            seed=seed,
+            threads=torch.get_num_threads(),
+            setup=self.setup,
+        )
+        self.measurer.begin(Readying(preparation=preparation, limits=self.limits))
+        if self.device.type != "cpu":  # there, nothing of ours compiles
+            for worker in self.compilers:
+                worker.begin(nothing)
+
     def close(self) -> None:
-        for worker in (self.measurer, *self.compilers):
-            worker.stop()
+        stop_all([self.measurer, *self.compilers])
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.space import SearchSpace
-from tilewise.domain.trial import Trial
+from tilewise.domain.trial import Outcome, Trial
 
 from .neighbours import Near, of_kernel
 from .search import Search
@@ -71,6 +71,8 @@ class Hunt:
             (key, config), seconds = asked, trial.seconds - GUESS_SECONDS
             self._note(self._spaces[key], config, ratio, seconds)
             return
+        if trial.outcome is Outcome.UNSUPPORTED:  # what cannot be imported, say: none of its configs will do better
+            self._spaces = {key: space for key, space in self._spaces.items() if key[0] != trial.candidate.backend}
         for role, config in trial.candidate.configs:
             space = self._spaces.get((trial.candidate.backend, role, config.kernel))
             if space is not None:

@@ -18,13 +18,14 @@ class Ledger:
 
     - baseline: what every ratio is to: torch's own choice where it is right.
     - default_of: gives a backend's candidate without any search.
+    - since: from when on seconds count, on the clock of time.monotonic.
     """
 
-    def __init__(self, baseline: Candidate, default_of: Callable[[str], Candidate]) -> None:
+    def __init__(self, baseline: Candidate, default_of: Callable[[str], Candidate], *, since: float) -> None:
         self.trials: dict[Candidate, Trial] = {}
         self.baseline, self._default_of = baseline, default_of
         self._compiled, self._compile_seconds, self._seconds = 0, 0.0, 0.0
-        self._began = {"prepare": time.monotonic()}
+        self._began = {"start": since, "prepare": time.monotonic()}
 
     def begin(self, phase: str) -> None:
         """Note that a phase of the tuning begins."""
@@ -74,6 +75,7 @@ class Ledger:
         begun = [*self._began.items(), ("", time.monotonic())]
         took = {name: later - since for (name, since), (_, later) in itertools.pairwise(begun)}
         return Spent(
+            start=took["start"],
             prepare=took.get("prepare", 0.0),
             search=took.get("search", 0.0),
             final=took.get("final", 0.0),

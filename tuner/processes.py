@@ -10,10 +10,13 @@ This file imports no torch: `prestart` can be called first of all.
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -25,10 +28,9 @@ from tilewise.domain.trial import Outcome
 
 from .limits import Limits
 from .printed import Printed
-from .serving import Beat, Finished, Phase, Raised, Task, serve
+from .serving import Ahead, Beat, Finished, Phase, Raised, Room, Task, serve
 
-# what a first trial would else wait for; inductor's settings are read where torch is made to fill new tensors
-PRELOADED = ["torch", "triton", "torch._inductor.config", "tilewise.tuner.measuring", "tilewise.tuner.compiling"]
+PRELOADED = ["tilewise.tuner.preloaded", "triton"]  # triton, where it is installed
 POLL_SECONDS = 0.1  # between two looks at memory and deadlines
 _CHUNK = 1 << 16
 _CHUNKS = 64  # read at once: a worker that prints without end must not keep us here
@@ -76,6 +78,23 @@ class Ended:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A process, with this side's ends of its pipes: its tasks and answers, what it prints, what it dies with."""
+
+    process: ForkServerProcess
+    connection: "Connection[Any, Any]"
+    out: "Connection[Any, Any]"
+    lifeline: "Connection[Any, Any]"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        for end in (self.connection, self.out, self.lifeline):
+            end.close()
+
+
 class Worker:
     """One process at a time, started when there is a task and replaced when it is gone.
 
@@ -85,10 +104,8 @@ class Worker:
 
     def __init__(self, limits: Limits, *, memory_gib: float, strict: bool) -> None:
         self._limits, self._memory, self._strict = limits, int(memory_gib * 2**30), strict
-        self._process: ForkServerProcess | None = None
-        self._connection: Connection[Any, Any]
-        self._out: Connection[Any, Any]
-        self._lifeline: Connection[Any, Any]
+        self._live: _Live | None = None
+        self._coming: Future[_Live] | None = None  # a process that is being started
         self._printed = Printed()
         self.phase, self._deadline, self._heard, self._began = "", 0.0, 0.0, 0.0
         self.busy = False
@@ -96,32 +113,51 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        return None if self._live is None else self._live.process.pid
+
+    def begin(self, task: Task) -> None:
+        """Have a process, a fresh one where there is none, do `task` before the first that `start` gives it.
+
+        Returns at once; there must be no task. What `task` returns or raises is dropped: whoever needs what it has made
+        ready makes it where it is not there.
+        """
+        assert not self.busy, "a worker does one task at a time"
+        self._arrived()
+        ahead = Ahead(pickle.dumps(task))
+        if self._live is not None:
+            with contextlib.suppress(OSError):  # it died: `start` has another
+                self._live.connection.send(ahead)
+            return
+        prestart()
+        self._coming = Future()
+        threading.Thread(target=self._come, args=(self._coming, ahead), daemon=True).start()
 
     def start(self, task: Task) -> None:
         """Begin a task; there must be none."""
         assert not self.busy, "a worker does one task at a time"
+        self._arrived()
         self._pump()
         self._printed = Printed()
         now = time.monotonic()
         self.busy, self._began, self._heard = True, now, now
         self.phase, self._deadline = "start", now + self._limits.start
-        if self._process is not None and not self._process.is_alive():
+        if self._live is not None and not self._live.process.is_alive():
             self.stop()
             self.busy = True
-        if self._process is None:
-            self._spawn()
+        if self._live is None:
+            prestart()
+            self._live = self._spawned()
         with contextlib.suppress(OSError):  # it died: the next poll says so
-            self._connection.send(task)
+            self._live.connection.send(task)
 
     def poll(self) -> Ended | None:
         """Return how the task ended, None while it goes on."""
-        if not self.busy:
+        if not self.busy or self._live is None:
             return None
         self._pump()
         try:
-            while self._connection.poll():
-                message = self._connection.recv()
+            while self._live.connection.poll():
+                message = self._live.connection.recv()
                 self._heard = time.monotonic()
                 if isinstance(message, Phase):
                     self.phase, self._deadline = message.name, self._heard + message.seconds
@@ -141,32 +177,52 @@ class Worker:
     def stop(self) -> None:
         """End the process, whatever it does; the next task starts another."""
         self.busy = False
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.join()
-        self._process.close()
-        for end in (self._connection, self._out, self._lifeline):
-            end.close()
-        self._process = None
+        if self._coming is not None:
+            self._coming.add_done_callback(_end_unwanted)
+            self._coming = None
+        if self._live is not None:
+            self._live.end()
+            self._live = None
+
+    def kill(self) -> None:
+        """Begin to end the process: several end sooner together. `stop` does the rest."""
+        if self._live is not None:
+            self._live.process.kill()
 
     @property
     def ends(self) -> tuple["Connection[Any, Any]", ...]:
         """What becomes readable when there is something to poll for."""
-        return (self._connection, self._out) if self.busy else ()
+        return (self._live.connection, self._live.out) if self.busy and self._live is not None else ()
 
-    def _spawn(self) -> None:
-        prestart()
-        self._connection, theirs = _context.Pipe()
-        self._out, printed = _context.Pipe(duplex=False)
-        lifeline, self._lifeline = _context.Pipe(duplex=False)
-        os.set_blocking(self._out.fileno(), False)
+    def _spawned(self) -> _Live:
+        """Return a fresh process, as soon as the one that it is forked from has imported what it preloads."""
+        connection, theirs = _context.Pipe()
+        out, printed = _context.Pipe(duplex=False)
+        lifeline, ours = _context.Pipe(duplex=False)
+        os.set_blocking(out.fileno(), False)
         data = self._memory if self._strict else None
-        self._process = _context.Process(target=serve, args=(theirs, printed, lifeline, data), daemon=True)
-        self._process.start()
+        process = _context.Process(target=serve, args=(theirs, printed, lifeline, data), daemon=True)
+        process.start()
         self.started += 1
         for end in (theirs, printed, lifeline):
             end.close()
+        return _Live(process, connection, out, ours)
+
+    def _come(self, coming: "Future[_Live]", ahead: Ahead) -> None:
+        try:
+            live = self._spawned()
+            with contextlib.suppress(OSError):
+                live.connection.send(ahead)
+            coming.set_result(live)
+        except (OSError, EOFError) as error:
+            coming.set_exception(error)
+
+    def _arrived(self) -> None:
+        """Wait for a process that is being started; where that failed, whoever needs one tries again."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            with contextlib.suppress(OSError, EOFError):
+                self._live = coming.result()
 
     def _answered(self, message: object) -> Ended:
         self.busy = False
@@ -178,9 +234,9 @@ class Worker:
         return self._ended(Outcome.FAILED, message.message)
 
     def _died(self) -> Ended:
-        assert self._process is not None
-        self._process.join()
-        code = self._process.exitcode or 0
+        assert self._live is not None
+        self._live.process.join()
+        code = self._live.process.exitcode or 0
         self._pump()
         said = str(self._printed)
         outcome = Outcome.OUT_OF_RESOURCES if any(word in said for word in _NO_MEMORY) else Outcome.WORKER_DIED
@@ -196,11 +252,11 @@ class Worker:
         return Ended(outcome, None, self.phase, message, time.monotonic() - self._began)
 
     def _pump(self) -> None:
-        if self._process is None:
+        if self._live is None:
             return
         with contextlib.suppress(BlockingIOError):
             for _ in range(_CHUNKS):
-                chunk = os.read(self._out.fileno(), _CHUNK)
+                chunk = os.read(self._live.out.fileno(), _CHUNK)
                 if not chunk:
                     return
                 self._printed.feed(chunk)
@@ -211,6 +267,23 @@ class Worker:
         except (OSError, IndexError):
             return 0
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def nothing(_room: Room) -> None:
+    """Do nothing: for a process that is to be there."""
+
+
+def stop_all(workers: Sequence[Worker]) -> None:
+    """End the processes of `workers`, all at once."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.stop()
+
+
+def _end_unwanted(coming: "Future[_Live]") -> None:
+    if coming.exception() is None:
+        coming.result().end()
 
 
 def wait_for(workers: Sequence[Worker], seconds: float = POLL_SECONDS) -> None:

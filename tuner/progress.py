@@ -1,7 +1,10 @@
 """What a running tuning tells whoever watches it."""
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tilewise.domain.trial import Trial
 
@@ -10,11 +13,13 @@ from tilewise.domain.trial import Trial
 class Spent:
     """Where the seconds of a tuning went.
 
+    - start: wall time before the tuning began: of the command, or since its tuning before this one.
     - prepare: wall time until torch's own choice was measured: processes, tensors, float64 results.
-    - search, final: wall time of these.
+    - search, final: wall time of these. So the four are all but what the command takes to end.
     - compile, measure: of all candidates of this run together, within the search; compiling goes on in parallel.
     """
 
+    start: float = 0.0
     prepare: float = 0.0
     search: float = 0.0
     final: float = 0.0
@@ -46,6 +51,16 @@ class Progress:
     best: Trial | None = None
     baseline: Trial | None = None
     default: Trial | None = None
+
+
+def process_began() -> float:
+    """Return when this process began, on the clock of time.monotonic; now, where the system does not tell."""
+    now = time.monotonic()
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): since the boot
+        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now
 
 
 Reporter = Callable[[Progress], None]

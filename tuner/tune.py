@@ -76,6 +76,7 @@ def tune(
     report: Reporter = silent,
     crew: Crew | None = None,
     claim: tuple[str, int] | None = None,
+    since: float | None = None,
 ) -> Verdict:
     """Find the fastest way to compute `problem` on `device`, keep every trial and the answer, and return the verdict.
 
@@ -83,6 +84,7 @@ def tune(
     - fresh: do not resume from trials that an earlier run kept.
     - crew: of workers to use, of the same device; without one, some are started and ended.
     - claim: the id and attempt of a claimed job to run, which the caller ends; by default a job of its own.
+    - since: when whoever calls began with what this tuning needs, on the clock of time.monotonic: counts as its start.
 
     Ends early, with everything finished kept, on KeyboardInterrupt, which is raised again. Raises ConfigError for an
     unknown backend, UnsupportedError or TuningError where nothing can be measured, DatabaseError where nothing can be
@@ -91,7 +93,9 @@ def tune(
     for name in backends:
         backend_named(name)
     with contextlib.nullcontext(crew) if crew is not None else Crew(device) as hands:
-        return _Tuning(problem, hands, database, budget, backends, fresh=fresh, seed=seed, report=report).run(claim)
+        hands.begin(problem, seed=seed)
+        tuning = _Tuning(problem, hands, database, budget, backends, fresh=fresh, seed=seed, report=report, since=since)
+        return tuning.run(claim)
 
 
 class _Tuning:
@@ -106,6 +110,7 @@ class _Tuning:
         fresh: bool,
         seed: int,
         report: Reporter,
+        since: float | None,
     ) -> None:
         self._problem, self._crew, self._database = problem, crew, database
         self._budget, self._fresh, self._seed, self._report = budget, fresh, seed, report
@@ -114,9 +119,9 @@ class _Tuning:
         self._default = self._baseline = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
         self._named = frozenset(backends)
-        self._ledger = Ledger(self._default, self._default_of)
         self._newest = 0  # number of the newest trial in the database that is known here
         self._start = time.monotonic()
+        self._ledger = Ledger(self._default, self._default_of, since=self._start if since is None else since)
 
     def run(self, claim: tuple[str, int] | None) -> Verdict:
         job, attempt = self._claim = claim or self._open_job()

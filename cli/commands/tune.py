@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,48 +58,55 @@ def tune(
     from tilewise.tuner.processes import prestart
 
     prestart()  # it imports torch beside what is imported here
-    from tilewise.bench.search_plot import plot as draw
-    from tilewise.db.session import Database
     from tilewise.kernels import device as devices
     from tilewise.tuner.crew import Crew
-    from tilewise.tuner.tune import tune as run
-
-    from ..progress import watching
-    from ..summary import lines
-    from ..verdicts import COLUMNS, row
 
     where = devices.select(device)
-    verdicts = []
-    with Database.open(database_url(db), upgrade=True) as database, Crew(where) as crew:
-        for number, wanted in enumerate(problems, 1):
-            with watching(f"[{number}/{len(problems)}] {wanted.key}") as report:
-                try:
-                    verdict = run(
-                        wanted,
-                        device=where,
-                        database=database,
-                        budget=limits,
-                        backends=[name.strip() for name in backends.split(",") if name.strip()],
-                        fresh=fresh,
-                        seed=seed,
-                        report=report,
-                        crew=crew,
-                    )
-                except KeyboardInterrupt:
-                    report.stop()
-                    err.print(
-                        f"interrupted: {report.trials} finished trials of {wanted.key} are kept in {database.url}; "
-                        "the same command goes on from there",
-                        markup=False,
-                    )
-                    raise typer.Exit(1) from None
-            verdicts.append(verdict)
-            if not as_json:
-                out.print("\n".join(lines(verdict)), markup=False)
-            if plot is not None:
-                path = plot if len(problems) == 1 else plot.with_stem(f"{plot.stem}-{number}")
-                draw(verdict.answer, verdict.trials, path)
-                err.print(f"written: {path}", markup=False)
+    with Crew(where) as crew:
+        crew.begin(problems[0], seed=seed)  # beside all that follows
+        from tilewise.bench.search_plot import plot as draw
+        from tilewise.db.session import Database
+        from tilewise.tuner.progress import process_began
+        from tilewise.tuner.tune import tune as run
+
+        from ..progress import watching
+        from ..summary import lines
+        from ..verdicts import COLUMNS, row
+
+        since = began = process_began()
+        verdicts = []
+        with Database.open(database_url(db), upgrade=True) as database:
+            for number, wanted in enumerate(problems, 1):
+                with watching(f"[{number}/{len(problems)}] {wanted.key}") as report:
+                    try:
+                        verdict = run(
+                            wanted,
+                            device=where,
+                            database=database,
+                            budget=limits,
+                            backends=[name.strip() for name in backends.split(",") if name.strip()],
+                            fresh=fresh,
+                            seed=seed,
+                            report=report,
+                            crew=crew,
+                            since=since,
+                        )
+                    except KeyboardInterrupt:
+                        report.stop()
+                        err.print(
+                            f"interrupted: {report.trials} finished trials of {wanted.key} are kept in {database.url}; "
+                            "the same command goes on from there",
+                            markup=False,
+                        )
+                        raise typer.Exit(1) from None
+                since = time.monotonic()
+                verdicts.append(verdict)
+                if not as_json:
+                    out.print("\n".join(lines(verdict)), markup=False)
+                if plot is not None:
+                    path = plot if len(problems) == 1 else plot.with_stem(f"{plot.stem}-{number}")
+                    draw(verdict.answer, verdict.trials, path)
+                    err.print(f"written: {path}", markup=False)
     if as_json:
         described = devices.describe(where)
         print_json(
@@ -109,6 +117,7 @@ def tune(
                 "budget": limits,
                 "answers": [verdict.answer for verdict in verdicts],
                 "spent": [verdict.spent for verdict in verdicts],
+                "seconds": time.monotonic() - began,
                 "outcomes": [dict(Counter(trial.outcome for trial in verdict.trials)) for verdict in verdicts],
             }
         )

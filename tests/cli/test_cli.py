@@ -53,7 +53,9 @@ def test_tune_show_answer(run: Cli, home: Path) -> None:
     assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "5", "--seconds", "20") == 0
     assert f"{KEY}: " in run.out
     assert re.search(r"  trials: .*\b5 ok\b", run.out)
-    assert re.search(r"  seconds: [\d.]+ to prepare, [\d.]+ to search .*, [\d.]+ for the final\n", run.out)
+    assert re.search(
+        r"  seconds: [\d.]+ to start, [\d.]+ to prepare, [\d.]+ to search .*, [\d.]+ for the final\n", run.out
+    )
     assert "5/5 trials" in run.err
     assert re.search(r"5/5 trials, best \S+ .*, done\n", run.err)
     assert written(home)[-1] == "tilewise.snapshot.json"
@@ -82,9 +84,11 @@ def test_tune_show_answer(run: Cli, home: Path) -> None:
 def test_tune_json_is_one_document(run: Cli) -> None:
     assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "3", "--json") == 0
     document = json.loads(run.out)
-    assert set(document) == {"answers", "budget", "device", "device_key", "outcomes", "software", "spent"}
+    assert set(document) == {"answers", "budget", "device", "device_key", "outcomes", "seconds", "software", "spent"}
     (spent,), (outcomes,) = document["spent"], document["outcomes"]
-    assert min(spent["prepare"], spent["search"], spent["final"], spent["measure"]) > 0
+    assert min(spent["start"], spent["prepare"], spent["search"], spent["final"], spent["measure"]) > 0
+    parts = spent["start"] + spent["prepare"] + spent["search"] + spent["final"]
+    assert parts < document["seconds"] < parts + 2
     assert outcomes["ok"] == 4, "the default of every backend is tried"
     assert [item["problem"] for item in document["answers"]] == [KEY]
 

@@ -1,5 +1,6 @@
 """Tasks for workers, importable by their names."""
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tilewise.tuner import measuring
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.processes import Worker, wait_for
 from tilewise.tuner.serving import Room, Task
@@ -51,6 +53,33 @@ def state(_: Room) -> tuple[int, str, bool]:
 def holds(_: Room) -> None:
     """Hold a semaphore of the system for the life of the process."""
     _held.append(multiprocessing.get_context("spawn").Lock())
+
+
+def remembers(room: Room) -> None:
+    """Keep one thing more, in a phase of its own."""
+    room.enter("remember", 10)
+    _held.append(1)
+
+
+def remembered(_: Room) -> int:
+    return len(_held)
+
+
+def prepared(_: Room) -> measuring.Preparation | None:
+    """Return what the tensors that are there depend on."""
+    return None if measuring._ready is None else measuring._ready[0].tensors
+
+
+class _Absent:
+    """A task that is pickled by a name which nobody finds."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return importlib.import_module, ("tilewise.no_such_module",)
+
+    def __call__(self, room: Room) -> None: ...
+
+
+absent = _Absent()
 
 
 def breaks(room: Room) -> int:

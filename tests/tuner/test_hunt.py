@@ -53,6 +53,12 @@ def test_a_backend_that_is_not_wanted_waits() -> None:
     assert hunt.ask(Candidate, lambda _: False) is None
 
 
+def test_a_backend_whose_default_does_not_run_is_not_searched() -> None:
+    hunt = Hunt({("a", "forward", "x"): space("x"), ("b", "forward", "y"): space("y")}, seed=0)
+    hunt.tell(Trial(candidate=Candidate("a"), stage=Stage.BOTH, outcome=Outcome.UNSUPPORTED, message="no import"))
+    assert {hunt.ask(Candidate, lambda _: True).backend for _ in range(5)} == {"b"}  # type: ignore[union-attr]
+
+
 def test_a_config_of_one_role_comes_with_the_best_of_the_others() -> None:
     hunt = Hunt({("a", "dq", "q"): space("q")}, seed=0)
     best = Candidate.of("a", forward=Config.of("f", block=7), dq=Config.of("q", block=1))

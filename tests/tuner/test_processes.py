@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -130,13 +131,59 @@ def test_a_result_that_cannot_be_sent_is_an_error(worker: Worker) -> None:
     assert "pickle" in ended.message
 
 
+def test_what_is_begun_is_done_before_the_first_task(worker: Worker) -> None:
+    worker.begin(tasks.remembers)
+    assert not worker.busy
+    assert run(worker, tasks.remembered).result == 1
+    worker.begin(tasks.remembers)  # in the process that is there
+    assert run(worker, tasks.remembered).result == 2
+    assert worker.started == 1
+
+
+@pytest.mark.parametrize("begun", [Calls("broken"), Calls("segfaults"), tasks.absent])
+def test_what_is_begun_in_vain_costs_nothing(worker: Worker, begun: Task) -> None:
+    """An error, a death, a task that the process cannot read: the next task is done all the same, and answered once."""
+    worker.begin(begun)
+    worker._arrived()
+    assert worker._live is not None
+    if begun == Calls("segfaults"):
+        wait([worker._live.process.sentinel])
+    for word in ("a", "b"):
+        ended = run(worker, Says(word))
+        assert isinstance(ended.result, tuple)
+        assert ended.result[0] == word
+
+
+def test_a_worker_is_stopped_while_it_begins(worker: Worker) -> None:
+    worker.begin(Says(1))
+    coming = worker._coming
+    assert coming is not None
+    ended = threading.Event()
+    worker.stop()
+    coming.add_done_callback(lambda _: ended.set())  # behind the one that ends the process
+    assert worker.pid is None
+    assert ended.wait(60)
+    with pytest.raises(ValueError, match="closed"):
+        coming.result().process.is_alive()
+
+
+def test_workers_end_together() -> None:
+    workers = [Worker(Limits(), memory_gib=2, strict=False) for _ in range(3)]
+    for each in workers:
+        run(each, Says(1))
+    pids = [each.pid for each in workers]
+    processes.stop_all(workers)
+    assert [each.pid for each in workers] == [None] * 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_a_worker_that_was_killed_while_idle_is_replaced(worker: Worker) -> None:
     run(worker, Says(1))
     assert worker.pid is not None
     before = worker.pid
     os.kill(before, signal.SIGKILL)
-    assert worker._process is not None
-    wait([worker._process.sentinel])
+    assert worker._live is not None
+    wait([worker._live.process.sentinel])
     ended = run(worker, Says(2))
     assert isinstance(ended.result, tuple)
     assert ended.result[0] == 2
