@@ -18,8 +18,8 @@ def lines(verdict: "Verdict") -> list[str]:
     found = [
         f"{answer.problem.key}: {answer.evidence.reason if answer.evidence else ''}",
         f"  trials: {tried}{taken}",
-        f"  seconds: {spent.start:.1f} to start, {spent.prepare:.1f} to prepare, {spent.search:.1f} to search (compiling "
-        f"{spent.compile:.1f} and measuring {spent.measure:.1f}, together), {spent.final:.1f} for the final",
+        f"  seconds: {spent.start:.1f} to start, {spent.prepare:.1f} to prepare, {spent.search:.1f} to search "
+        f"(compiling {spent.compile:.1f} and measuring {spent.measure:.1f}, together), {spent.final:.1f} for the final",
     ]
     worst = next((trial for trial in verdict.trials if trial.outcome in BAD), None)
     if worst is not None:
