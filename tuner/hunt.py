@@ -42,13 +42,15 @@ class Hunt:
             self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
         self._best = float("inf")
+        self._refused: set[str] = set()  # backends that cannot be imported, say: no config of theirs will do better
 
     def ask(self, best_of: Callable[[str], Candidate], wants: Callable[[str], bool]) -> Candidate | None:
         """Return the next candidate of a backend that `wants` accepts; None where there is none.
 
         - best_of: gives the fastest candidate of a backend so far.
         """
-        ready = [key for key, each in self._spaces.items() if each.search.remaining and wants(key[0])]
+        spaces = ((key, each) for key, each in self._spaces.items() if key[0] not in self._refused)
+        ready = [key for key, each in spaces if each.search.remaining and wants(key[0])]
         if not ready:
             return None
         key = min(ready, key=lambda each: self._spaces[each].cost(self._best))
@@ -64,6 +66,8 @@ class Hunt:
     def tell(self, trial: Trial) -> None:
         """Note what came of a candidate, asked for or not."""
         ratio = trial.measurement.ratio if trial.measurement else None
+        if trial.outcome is Outcome.UNSUPPORTED and trial.candidate not in self._asked:
+            self._refused.add(trial.candidate.backend)
         if ratio is not None:
             self._best = min(self._best, ratio)
         asked = self._asked.pop(trial.candidate, None)
@@ -71,8 +75,6 @@ class Hunt:
             (key, config), seconds = asked, trial.seconds - GUESS_SECONDS
             self._note(self._spaces[key], config, ratio, seconds)
             return
-        if trial.outcome is Outcome.UNSUPPORTED:  # what cannot be imported, say: none of its configs will do better
-            self._spaces = {key: space for key, space in self._spaces.items() if key[0] != trial.candidate.backend}
         for role, config in trial.candidate.configs:
             space = self._spaces.get((trial.candidate.backend, role, config.kernel))
             if space is not None:

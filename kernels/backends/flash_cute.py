@@ -5,16 +5,14 @@ _flash_attn_bwd, whose parameters are looked up first: a version without them ke
 causal and window are aligned bottom-right there too, and rows with nothing to attend give 0 and LSE -inf.
 """
 
-import ast
 import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,7 +31,6 @@ from ..packed import flash_arguments
 KERNEL = "flash_cute_forward"
 KNOWN_VERSION = "4.0.0b36"
 _NEEDED = {"cutlass": "nvidia-cutlass-dsl", "quack": "quack-kernels", "tvm_ffi": "apache-tvm-ffi", "einops": "einops"}
-_INTERNAL = ("_flash_attn_fwd", "_flash_attn_bwd")
 _TUNED = ("tile_mn", "mma_pv_is_rs", "intra_wg_overlap", "pack_gqa", "num_splits")
 _SHARED = (
     "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right",
@@ -70,7 +67,7 @@ class FlashCute(Backend):
         return reason or unsupported_feature(problem, "mask", "alibi", "dropout") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
-        if not _tunable():
+        if _internals() is None:
             return {}
         family = device.capability // 10
         group = problem.heads > problem.kv_heads
@@ -187,43 +184,14 @@ def _internals() -> Internals | None:
         interface = _interface()
     except ImportError:
         return None
-    forward, backward = (getattr(interface, name, None) for name in _INTERNAL)
+    forward, backward = (getattr(interface, name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
     if forward is None or backward is None:
         return None
-    takes = (inspect.signature(function).parameters for function in (forward, backward))
-    return Internals(forward, backward) if _known(*takes) else None
-
-
-@functools.cache
-def _tunable() -> bool:
-    """Return whether the internal functions take what a config says: from their source, for an import takes seconds."""
-    parent = importlib.util.find_spec("flash_attn")
-    places = list(parent.submodule_search_locations or ()) if parent else []
-    for name in ("flash_attn.cute", "flash_attn.cute.interface"):
-        spec = importlib.machinery.PathFinder.find_spec(name, places)
-        places = list(spec.submodule_search_locations or ()) if spec else []
-    try:
-        parsed = ast.parse(Path(spec.origin or "").read_bytes()) if spec else None
-    except (OSError, SyntaxError, ValueError):
-        parsed = None
-    takes = {
-        each.name: _parameters(each) for each in (parsed.body if parsed else ()) if isinstance(each, ast.FunctionDef)
-    }
-    if {*takes}.issuperset(_INTERNAL):
-        return _known(*(takes[name] for name in _INTERNAL))
-    return _internals() is not None  # not in its source, or not as plain functions
-
-
-def _parameters(function: ast.FunctionDef) -> list[str]:
-    taken = function.args
-    return [each.arg for each in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)]
-
-
-def _known(forward: Iterable[str], backward: Iterable[str]) -> bool:
-    """Return whether functions with these parameters can be called as we do."""
-    return {*forward}.issuperset({*_TUNED, *_SHARED, "return_lse"}) and {*backward}.issuperset(
-        {*_SHARED, "deterministic"}
-    )
+    takes = {*inspect.signature(forward).parameters}
+    if not takes.issuperset({*_TUNED, *_SHARED, "return_lse"}):
+        return None
+    takes = {*inspect.signature(backward).parameters}
+    return Internals(forward, backward) if takes.issuperset({*_SHARED, "deterministic"}) else None
 
 
 def version() -> str | None:
