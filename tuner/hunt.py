@@ -42,6 +42,7 @@ class Hunt:
             self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
         self._best = float("inf")
+        self._defaults = {key: space.default for key, space in spaces.items()}
         self._refused: set[str] = set()  # backends that cannot be imported, say: no config of theirs will do better
 
     def ask(self, best_of: Callable[[str], Candidate], wants: Callable[[str], bool]) -> Candidate | None:
@@ -66,7 +67,7 @@ class Hunt:
     def tell(self, trial: Trial) -> None:
         """Note what came of a candidate, asked for or not."""
         ratio = trial.measurement.ratio if trial.measurement else None
-        if trial.outcome is Outcome.UNSUPPORTED and trial.candidate not in self._asked:
+        if trial.outcome is Outcome.UNSUPPORTED and self._is_default(trial.candidate):
             self._refused.add(trial.candidate.backend)
         if ratio is not None:
             self._best = min(self._best, ratio)
@@ -79,6 +80,10 @@ class Hunt:
             space = self._spaces.get((trial.candidate.backend, role, config.kernel))
             if space is not None:
                 self._note(space, config, ratio, 0.0)
+
+    def _is_default(self, candidate: Candidate) -> bool:
+        keys = {(candidate.backend, role, config.kernel): config for role, config in candidate.configs}
+        return all(self._defaults.get(key) == config for key, config in keys.items())
 
     def _note(self, space: _Space, config: Config, ratio: float | None, seconds: float) -> None:
         space.spent += seconds

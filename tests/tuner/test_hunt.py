@@ -55,7 +55,9 @@ def test_a_backend_that_is_not_wanted_waits() -> None:
 
 def test_a_backend_whose_default_does_not_run_is_not_searched() -> None:
     hunt = Hunt({("a", "forward", "x"): space("x"), ("b", "forward", "y"): space("y")}, seed=0)
-    hunt.tell(Trial(candidate=Candidate("a"), stage=Stage.BOTH, outcome=Outcome.UNSUPPORTED, message="no import"))
+    for name, kernel, block in (("a", "x", 1), ("b", "y", 7)):  # the default of one, but any config of the other
+        candidate = Candidate.of(name, forward=Config.of(kernel, block=block))
+        hunt.tell(Trial(candidate=candidate, stage=Stage.BOTH, outcome=Outcome.UNSUPPORTED, message="no import"))
     assert {hunt.ask(Candidate, lambda _: True).backend for _ in range(5)} == {"b"}  # type: ignore[union-attr]
 
 
