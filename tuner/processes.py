@@ -214,15 +214,15 @@ class Worker:
             with contextlib.suppress(OSError):
                 live.connection.send(ahead)
             coming.set_result(live)
-        except (OSError, EOFError) as error:
+        except Exception as error:  # `start` tries again, and raises it
             coming.set_exception(error)
 
     def _arrived(self) -> None:
         """Wait for a process that is being started; where that failed, whoever needs one tries again."""
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            with contextlib.suppress(OSError, EOFError):
-                self._live = coming.result()
+        if self._coming is not None:
+            with contextlib.suppress(Exception):
+                self._live = self._coming.result()
+            self._coming = None  # not where Ctrl-C ended the wait: `stop` is to know of it
 
     def _answered(self, message: object) -> Ended:
         self.busy = False

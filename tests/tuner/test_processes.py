@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -152,6 +153,19 @@ def test_what_is_begun_in_vain_costs_nothing(worker: Worker, begun: Task) -> Non
         ended = run(worker, Says(word))
         assert isinstance(ended.result, tuple)
         assert ended.result[0] == word
+
+
+def test_a_process_that_cannot_be_begun_is_asked_for_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> NoReturn:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(worker, "_spawned", refused)
+    worker.begin(Says("a"))
+    with pytest.raises(OSError, match="too many open files"):
+        worker.start(Says("b"))
+    worker.stop()
+    monkeypatch.undo()
+    assert run(worker, Says("c")).outcome is Outcome.OK
 
 
 def test_a_worker_is_stopped_while_it_begins(worker: Worker) -> None:
