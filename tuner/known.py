@@ -24,7 +24,13 @@ def _hopper(block: str, *configs: tuple[Value, ...]) -> Known:
     return tuple(dict(zip(names, config, strict=False)) for config in configs)
 
 
-OTHER_WAY = ("padded", "mask_stages", "dbias", "in_registers")  # tried both ways with the most promising config
+OTHER_WAY = (
+    "padded",
+    "mask_stages",
+    "dbias",
+    "in_registers",
+    "pack_gqa",
+)  # tried both ways with the most promising config
 ONE_LOOP: Known = ({"one_loop": True, "in_registers": False}, {"one_loop": True})
 # By kernel, then by the widest head_dim; the most promising first.
 # block_m, block_n, num_warps, num_stages, tma
@@ -85,6 +91,16 @@ KNOWN: dict[str, dict[int, Known]] = {
         64: _hopper("block_n", (128, 8, 3, True, 16), (128, 8, 3, True, 64), (64, 8, 3, True, 0), (64, 12, 2, True, 0)),
         128: _hopper(
             "block_n", (64, 12, 2, False, 0), (64, 8, 3, True, 16), (64, 8, 2, False, 0), (128, 8, 2, True, 0)
+        ),
+    },
+    "flash_cute_forward": {
+        64: (
+            {"tile_m": 192, "tile_n": 128}, {"tile_m": 192, "tile_n": 96},
+            {"tile_m": 192, "tile_n": 192, "mma_pv_is_rs": False},
+        ),
+        128: (
+            {"tile_m": 192, "tile_n": 128, "mma_pv_is_rs": False}, {"tile_m": 192, "tile_n": 112, "mma_pv_is_rs": False},
+            {"tile_m": 192, "tile_n": 80},
         ),
     },
     "cpu_tiled": {
