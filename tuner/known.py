@@ -99,7 +99,8 @@ KNOWN: dict[str, dict[int, Known]] = {
             {"tile_m": 192, "tile_n": 192, "mma_pv_is_rs": False},
         ),
         128: (
-            {"tile_m": 192, "tile_n": 128, "mma_pv_is_rs": False}, {"tile_m": 192, "tile_n": 112, "mma_pv_is_rs": False},
+            {"tile_m": 192, "tile_n": 128, "mma_pv_is_rs": False},
+            {"tile_m": 192, "tile_n": 112, "mma_pv_is_rs": False},
             {"tile_m": 192, "tile_n": 80},
         ),
     },
