@@ -121,6 +121,7 @@ class Budget(BaseModel):
     patience: int
     finalists: int
     rounds: int
+    stretch: float
 
 
 class Lease(BaseModel):

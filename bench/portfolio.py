@@ -1,103 +1,14 @@
-"""The configs of our kernels that are worth trying without a search.
-
-The first of each list won measurements (docs/notes/triton.md says which), the others lie around it. A config here names
-only the parameters it is about: the others keep the space's default, so a new parameter of a kernel needs no change
-here. A config that a space does not have is left out.
-"""
+"""What `bench core` tries of a backend without a search."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from tilewise.domain.config import Candidate, Config, Value
+from tilewise.domain.config import Candidate, Config
 from tilewise.domain.device import Device
 from tilewise.domain.problem import Problem
 from tilewise.domain.space import SearchSpace
 from tilewise.kernels.backends import backend_named
-
-Known = tuple[Mapping[str, Value], ...]
-
-
-def _tiles(*configs: tuple[int, int, int, int, bool]) -> Known:
-    names = ("block_m", "block_n", "num_warps", "num_stages", "tma")
-    return tuple(dict(zip(names, config, strict=True)) for config in configs)
-
-
-def _hopper(block: str, *configs: tuple[Value, ...]) -> Known:
-    names = (block, "num_warps", "num_stages", "persistent", "swizzle", "q_stages", "pingpong")
-    return tuple(dict(zip(names, config, strict=False)) for config in configs)
-
-
-OTHER_WAY = ("padded", "mask_stages", "dbias", "in_registers")  # tried both ways with the most promising config
-ONE_LOOP: Known = ({"one_loop": True, "in_registers": False}, {"one_loop": True})
-# By kernel, then by the widest head_dim; the most promising first.
-# block_m, block_n, num_warps, num_stages, tma
-KNOWN: dict[str, dict[int, Known]] = {
-    "triton_forward": {
-        64: _tiles(
-            (64, 64, 4, 3, True), (128, 64, 4, 3, True), (64, 128, 4, 2, True), (128, 128, 8, 2, True),
-            (64, 128, 4, 3, True), (128, 64, 8, 3, True), (64, 64, 4, 2, True), (128, 64, 4, 2, True),
-        ),
-        128: _tiles(
-            (64, 64, 4, 3, True), (128, 64, 4, 2, True), (128, 64, 8, 3, True), (64, 64, 4, 2, True),
-            (128, 128, 8, 2, True), (64, 128, 4, 2, True), (128, 64, 8, 2, True), (64, 32, 4, 4, True),
-        ),
-        256: _tiles((64, 32, 4, 2, True), (128, 32, 8, 2, True), (64, 64, 8, 2, True)),
-    },
-    "triton_dkdv": {
-        64: _tiles(
-            (64, 64, 4, 2, True), (64, 64, 4, 3, True), (32, 64, 4, 3, True), (64, 128, 8, 2, True),
-            (64, 64, 4, 2, False), (32, 64, 4, 2, False),
-        ),
-        128: _tiles(
-            (32, 64, 4, 3, True), (64, 64, 4, 2, True), (64, 128, 8, 2, True), (32, 128, 8, 3, True),
-            (32, 64, 4, 2, False), (64, 64, 4, 2, False), (64, 128, 8, 2, False),
-            (32, 64, 4, 3, False), (64, 64, 8, 2, False), (32, 128, 8, 2, False),
-        ),
-    },
-    "triton_dq": {
-        64: _tiles(
-            (64, 64, 4, 3, True), (64, 64, 4, 2, True), (128, 64, 8, 3, True), (128, 64, 4, 3, True),
-            (64, 32, 4, 3, True),
-        ),
-        128: _tiles(
-            (64, 64, 4, 3, True), (64, 64, 4, 2, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True),
-            (64, 32, 4, 3, True),
-        ),
-    },
-    "hopper_forward": {
-        64: _hopper(
-            "block_n",
-            (128, 8, 4, True, 0, 2, False), (128, 12, 3, True, 16, 2, False), (128, 8, 4, True, 16, 2, True),
-            (128, 8, 2, True, 64, 2, False), (128, 12, 3, True, 64, 2, False),
-        ),
-        128: _hopper(
-            "block_n",
-            (128, 8, 2, True, 0, 2, False), (128, 8, 2, True, 0, 1, True), (128, 8, 2, True, 16, 2, True),
-            (128, 8, 2, False, 0, 1, False),
-        ),
-    },
-    "hopper_dkdv": {
-        64: _hopper(
-            "block_m", (128, 8, 2, False, 16), (64, 4, 2, False, 0), (128, 8, 2, True, 0), (128, 8, 3, False, 0)
-        ),
-        128: _hopper(
-            "block_m", (64, 4, 2, False, 16), (64, 8, 3, False, 0), (64, 8, 2, True, 0), (64, 4, 2, True, 0)
-        ),
-    },
-    "hopper_dq": {
-        64: _hopper("block_n", (128, 8, 3, True, 16), (128, 8, 3, True, 64), (64, 8, 3, True, 0), (64, 12, 2, True, 0)),
-        128: _hopper(
-            "block_n", (64, 12, 2, False, 0), (64, 8, 3, True, 16), (64, 8, 2, False, 0), (128, 8, 2, True, 0)
-        ),
-    },
-    "cpu_tiled": {
-        256: (
-            {"block_q": 64, "block_k": 512, "heads_per_chunk": 8},
-            {"block_q": 128, "block_k": 512, "heads_per_chunk": 4},
-            {"block_q": 256, "block_k": 512, "heads_per_chunk": 8},
-        ),
-    },
-}  # fmt: skip
+from tilewise.tuner.known import known
 
 
 def candidates(
@@ -120,26 +31,14 @@ def candidates(
     fitting = [each for each in best if each.backend == backend and _fits(each, spaces)]
     turns = []
     for role, space in ((role, each) for role, whole in spaces.items() for each in whole.by_kernel):
-        known = [space.default, *_known(space, problem)[:configs]]
-        near = sorted({config for each in known for config in _neighbours(each, space)}, key=str)
+        first = [space.default, *known(space, problem)[:configs]]
+        near = sorted({config for each in first for config in _neighbours(each, space)}, key=str)
         random.Random(seed).shuffle(near)
-        tried = [*known, *[config for config in near if config not in known][:explore]]
+        tried = [*first, *[config for config in near if config not in first][:explore]]
         turns.append([default.with_config(role, config) for config in tried])
     longest = max(map(len, turns), default=0)
     in_turn = [turn[place] for place in range(longest) for turn in turns if place < len(turn)]
     return tuple(dict.fromkeys([default, *fitting, *in_turn]))
-
-
-def _known(space: SearchSpace, problem: Problem) -> list[Config]:
-    width = max(problem.head_dim, problem.v_head_dim)
-    by_width = KNOWN.get(space.kernel, {})
-    values = next((known for widest, known in sorted(by_width.items()) if width <= widest), ({},))
-    default = space.default.as_dict()
-    others = [{**values[0], name: type(default[name])(not default[name])} for name in OTHER_WAY if name in default]
-    others += [{**values[0], **each} for each in ONE_LOOP if "one_loop" in default]
-    tried = [*values[:1], *others, *values[1:]]
-    found = [Config.of(space.kernel, **{**default, **each}) for each in tried]
-    return [config for config in found if config in space and config != space.default]
 
 
 def _fits(candidate: Candidate, spaces: Mapping[str, SearchSpace]) -> bool:

@@ -22,6 +22,7 @@ from tilewise.tuner.surrogate import Neighbour
 from .landscape import Landscape, Point
 
 SHARES = (0.95, 0.97, 0.99)  # of the optimum
+AFTER = (10, 20, 40)  # trials
 NEEDED = {Method.GP: "scipy", Method.CMAES: "cmaes"}  # of Optuna's samplers
 NEIGHBOUR_TRIALS = 40  # what a search of a near problem has left behind
 NEIGHBOUR_FIRST = 2  # the best configs of each neighbour, tried before anything else
@@ -96,7 +97,9 @@ def replay(
     compilers: int = 15,
     most: int | None = None,
 ) -> Run:
-    """Search a landscape, beginning with the kernel's default, until its optimum is found or `most` trials are done.
+    """Search a landscape, beginning with the kernel's default, until nothing that is reported can change.
+
+    That is when its optimum is found, or the last of SHARES and of AFTER are reached, or `most` trials are done.
 
     - near: landscapes to warm-start from; what is known of each is what a cold search of it left behind.
     """
@@ -112,7 +115,7 @@ def replay(
         if point.ratio is not None and landscape.best / point.ratio > share:
             share = landscape.best / point.ratio
             steps.append(Step(trials=trials, seconds=round(seconds, 3), share=round(share, 6)))
-        if share >= 1 or trials == most:
+        if share >= 1 or trials == most or (share >= SHARES[-1] and trials >= AFTER[-1]):
             break
     return Run(contender=contender, landscape=landscape.name, seed=seed, steps=tuple(steps), trials=trials)
 
@@ -192,6 +195,8 @@ def replay_all(
         if (near := _near(landscape, landscapes) if contender.warm else []) or not contender.warm
         for seed in range(seeds)
     ]
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # one process a core: numpy's own threads would fight
+        os.environ.setdefault(name, "1")
     with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         return tuple(pool.map(_one, jobs, chunksize=max(1, seeds // 5)))
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from tilewise.domain import codec
 
 from .landscape import Landscape
-from .replay import SHARES, Contender, Run
+from .replay import AFTER, SHARES, Contender, Run
 
-AFTER = (10, 20, 40)
 PLOTTED = 101  # points along an axis
 
 

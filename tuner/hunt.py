@@ -12,6 +12,7 @@ from .search import Search
 
 Role = tuple[str, str, str]  # backend, role and kernel
 GUESS_SECONDS = 0.5  # that a trial takes, until it is done
+KNOWN = 4  # known configs of a kernel that are tried first where no near problem teaches anything
 POWER = 4.0  # a space whose best takes 1.2 times as long as the best of all gets half the time
 
 
@@ -32,13 +33,22 @@ class Hunt:
 
     The space that has had the least time is next, so what compiles for long is tried less often; and the further a
     space's best lies behind the best of all, the less time it gets. A config of one role is tried with the best known
-    configs of the others. What near problems have taught is where each search begins.
+    configs of the others. Each search begins with what near problems have taught, or else with the configs that `known`
+    gives of a space.
     """
 
-    def __init__(self, spaces: Mapping[Role, SearchSpace], *, seed: int, near: Sequence[Near] = ()) -> None:
+    def __init__(
+        self,
+        spaces: Mapping[Role, SearchSpace],
+        *,
+        seed: int,
+        near: Sequence[Near] = (),
+        known: Callable[[SearchSpace], Sequence[Config]] = lambda _: (),
+    ) -> None:
         self._spaces = {}
         for key, space in spaces.items():
             first, neighbours = of_kernel(near, *key)
+            first = first or [*known(space)[:KNOWN]]
             self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
         self._best = float("inf")

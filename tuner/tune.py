@@ -29,6 +29,7 @@ from tilewise.kernels.backends import BACKENDS, backend_named
 
 from .crew import Crew, Pipeline, Tried
 from .hunt import Hunt, Role
+from .known import known
 from .ledger import Ledger, ratio_of
 from .measuring import Preparation
 from .neighbours import nearest
@@ -258,7 +259,12 @@ class _Tuning:
 
     def _search(self, pipeline: Pipeline, spaces: dict[Role, SearchSpace]) -> None:
         """Search the spaces, several candidates at a time where they compile ahead, until a limit of the budget."""
-        hunt = Hunt(spaces, seed=self._seed, near=nearest(self._database, self._problem, self._device))
+        hunt = Hunt(
+            spaces,
+            seed=self._seed,
+            near=nearest(self._database, self._problem, self._device),
+            known=lambda space: known(space, self._problem),
+        )
         for trial in self._ledger.trials.values():
             hunt.tell(trial)
         stale = 0

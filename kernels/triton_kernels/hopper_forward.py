@@ -140,6 +140,20 @@ def _softmax(b_s, b_peak, b_sum, factor, GUARD: gl.constexpr):
 
 
 @gluon.jit
+def _turns(unused, OPTIONS: gl.constexpr):
+    """Return the barriers of two consumers that take turns, the first's open; `unused` where they do not.
+
+    A barrier that nobody waits at must not be there: its memory is given to something else, and a GPU that starts
+    another program beside may write the barrier back over it.
+    """
+    turns = unused
+    if OPTIONS.pingpong:
+        turns = barriers(OPTIONS.consumers, 1)
+        mbarrier.arrive(turns.index(0), count=1)
+    return turns
+
+
+@gluon.jit
 def _take_turn(turns, count, ME: gl.constexpr, OPTIONS: gl.constexpr):
     if OPTIONS.pingpong:
         mbarrier.wait(turns.index(ME), count & 1)
@@ -348,10 +362,8 @@ def hopper_forward(
     keys = ring(key, OPTIONS.stages, CONSUMERS)
     values = ring(value, OPTIONS.stages, CONSUMERS)
     masks = mask_ring(mask_tiles, keys, OPTIONS)
-    turns = barriers(CONSUMERS, 1)
+    turns = _turns(queries.full, OPTIONS)
     strides = (stride_ob, stride_os, stride_oh)
-    if OPTIONS.pingpong:
-        mbarrier.arrive(turns.index(0), count=1)
     fence_async_shared()
     sources, tiles, results = (query, key, value, mask_tiles), (queries, keys, values, masks), (out, lse)
     if CONSUMERS == 1:

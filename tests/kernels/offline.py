@@ -1,8 +1,8 @@
 """Compile launches of ours without a GPU: a script for a process in which Triton does not interpret.
 
 Reads a list of [role, problem, config, capability, bytes of shared memory that a block has] from standard
-input, the problem as its key, and writes what came of each: sizes, and how many bytes the copies into shared memory
-bring, or the outcome that the tuner would keep.
+input, the problem as its key, and writes what came of each: sizes, how many bytes the copies into shared memory bring
+and how many mbarriers there are, or the outcome that the tuner would keep.
 """
 
 import json
@@ -31,6 +31,7 @@ def result(role: str, key: str, config: Any, capability: int, available: int) ->
         "registers": found.registers,
         "stack": found.stack,
         "copies": Counter(str(int(size, 0)) for size in copies),
+        "barriers": found.ptx.count("mbarrier.init"),
     }
 
 

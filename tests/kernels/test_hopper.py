@@ -166,6 +166,29 @@ def test_masks_give_the_same_bits_every_time(fields: dict[str, Any]) -> None:
             assert not different, f"{candidate}: {different}"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block_n", "num_stages"), [(32, 1), (32, 4), (64, 2), (128, 1)])
+def test_programs_that_start_beside_others_change_nothing_of_theirs(block_n: int, num_stages: int) -> None:
+    """With one consumer two programs share a multiprocessor; here each ends after one tile, and another starts."""
+    device = devices.select("cuda")
+    problem = Problem(batch=1, heads=64, kv_heads=8, q_len=4096, head_dim=128, causal=True)
+    described = devices.describe(device)
+    if described.capability != 90:
+        pytest.skip(f"needs sm_90, this is {described.arch}")
+    whole = Triton().spaces(problem, described)["forward"]
+    default = next(each.default for each in whole.by_kernel if each.kernel == hopper_spaces.FORWARD)
+    way = {"block_n": block_n, "num_stages": num_stages, "num_warps": 4, "q_stages": 1, "pingpong": False}
+    call = random_call(problem, device, seed=0)
+
+    def out(*, persistent: bool) -> torch.Tensor:
+        config = replaced(default, {**way, "persistent": persistent})
+        return results(call, Candidate.of("triton", forward=config), None)["out"]
+
+    expected = out(persistent=True)
+    for _ in range(8):
+        assert torch.equal(out(persistent=False), expected)
+
+
 def replaced(config: Config, changes: dict[str, Any]) -> Config:
     """Return the config with those changes that are about its parameters."""
     return Config.of(config.kernel, **{name: changes.get(name, value) for name, value in config.as_dict().items()})

@@ -121,10 +121,15 @@ class Case:
 
 TILE = Config.of("triton_forward", block_m=64, block_n=64, num_warps=4, num_stages=3, tma=False)
 DECODING = Config.of("triton_decode", block_n=64, num_splits=4, num_warps=4, num_stages=3)
+HOPPER = {"block_n": 64, "num_stages": 2, "persistent": False, "q_stages": 1, "swizzle": 0}
 HALF, SINGLE = replace(DECODE, dtype=Dtype.BF16), replace(DECODE, dtype=Dtype.FP32, heads=16, kv_heads=4, head_dim=64)
 CASES = {
     "fits": Case("forward", BASE, TILE, available=40960),
     "one byte too few": Case("forward", BASE, TILE, available=40959),
+    "one consumer": Case(
+        "hopper_forward", BASE, Config.of("hopper_forward", **HOPPER, num_warps=4, pingpong=False), 90
+    ),
+    "two in turn": Case("hopper_forward", BASE, Config.of("hopper_forward", **HOPPER, num_warps=8, pingpong=True), 90),
     "decode": Case("decode", HALF, DECODING),
     "decode, sm_90": Case("decode", replace(DECODE, head_dim=56, v_head_dim=56), DECODING, 90),
     "decode, float32": Case("decode", SINGLE, Config.of("triton_decode", **{**DECODING.as_dict(), "block_n": 32})),
@@ -152,6 +157,13 @@ def test_what_does_not_fit_is_infeasible_and_never_launched(results: dict[str, d
     assert results["fits"]["shared"] == 40960
     assert results["one byte too few"]["outcome"] == Outcome.INFEASIBLE
     assert "Required: 40960, Hardware limit: 40959" in results["one byte too few"]["message"]
+
+
+def test_no_barrier_is_there_that_nobody_waits_at(results: dict[str, dict[str, Any]]) -> None:
+    """Its memory would hold something else, which a GPU that starts another program beside overwrites."""
+    rings = 2 * (1 + 2 + 2)  # a full and a free one for each slot of queries, keys and values
+    assert results["one consumer"]["barriers"] == rings
+    assert results["two in turn"]["barriers"] == rings + 2 + 2
 
 
 def test_decoding_copies_16_bytes_at_a_time(results: dict[str, dict[str, Any]]) -> None:

@@ -3,9 +3,11 @@
 from collections import Counter
 
 from tilewise.domain.config import Candidate, Config
+from tilewise.domain.problem import Problem
 from tilewise.domain.space import Parameter, SearchSpace
 from tilewise.domain.trial import Measurement, Outcome, Stage, Trial
 from tilewise.tuner.hunt import Hunt, Role
+from tilewise.tuner.neighbours import Near
 
 BLOCKS = tuple(range(1, 41))
 
@@ -77,3 +79,15 @@ def test_what_was_tried_elsewhere_is_not_tried_again() -> None:
     last = hunt.ask(Candidate, lambda _: True)
     assert last == Candidate.of("a", forward=Config.of("x", block=BLOCKS[-1]))
     assert hunt.ask(Candidate, lambda _: True) is None
+
+
+def test_known_configs_come_first_where_no_near_problem_teaches() -> None:
+    known = [Config.of("x", block=block) for block in (9, 30)]
+    hunt = Hunt({("a", "forward", "x"): space("x")}, seed=0, known=lambda _: known)
+    asked = [hunt.ask(Candidate, lambda _: True) for _ in known]
+    assert asked == [Candidate.of("a", forward=config) for config in known]
+
+    trial = tried(Candidate.of("a", forward=Config.of("x", block=17)), 1.0, 1.0)
+    near = Near(Problem(batch=1, heads=2, q_len=64, head_dim=16), 1.0, (trial,))
+    hunt = Hunt({("a", "forward", "x"): space("x")}, seed=0, near=[near], known=lambda _: known)
+    assert hunt.ask(Candidate, lambda _: True) == trial.candidate
