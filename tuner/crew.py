@@ -1,7 +1,9 @@
 """The processes of one device: one that measures, and those that compile ahead of it."""
 
 import os
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -13,7 +15,7 @@ from tilewise.domain.device import DeviceKind
 from tilewise.domain.errors import TuningError
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
-from tilewise.kernels.ahead import COMPILERS, Footprint
+from tilewise.kernels.ahead import Footprint, compiles_ahead
 from tilewise.kernels.backends import backend_named
 
 from .compiling import Compiled, Compiling
@@ -75,6 +77,9 @@ class Crew:
 @dataclass(slots=True)
 class _Waiting:
     candidate: Candidate
+    must: bool = False  # be tried, even if the search ends
+    ahead: bool = False
+    since: float = 0.0
     footprints: tuple[Footprint, ...] = ()
     compile_seconds: float = 0.0
 
@@ -84,6 +89,7 @@ class _Queues:
     to_compile: deque[_Waiting] = field(default_factory=deque)
     compiling: dict[Worker, _Waiting] = field(default_factory=dict)
     to_measure: deque[_Waiting] = field(default_factory=deque)
+    slow: deque[_Waiting] = field(default_factory=deque)  # compile in the process that measures
     measuring: _Waiting | None = None
     finished: deque[Tried] = field(default_factory=deque)
 
@@ -93,6 +99,9 @@ class Pipeline:
 
         pipeline.submit(candidate)
         tried = pipeline.take(best_ratio=0.9)  # waits for the next one to finish
+
+    What takes long to compile and does it where it is measured waits until there is nothing else, but not for ever
+    (`defer`): meanwhile nothing could be measured.
 
     A process that dies or is ended costs the trial it was at; the next one is for a fresh process. Raises TuningError
     where the tensors and their references cannot be prepared.
@@ -105,21 +114,33 @@ class Pipeline:
         self._queues = _Queues()
         self._longest = 0.0  # seconds of a right candidate
         self._best_ratio = float("inf")
+        self._deferred, self._patience = 0.0, float("inf")
 
     def compare_with(self, reference: Candidate) -> None:
         """Take the ratios of what is tried from now on against `reference`."""
         self._preparation = replace(self._preparation, reference=reference)
 
-    def submit(self, candidate: Candidate) -> None:
-        queue = self._queues.to_compile if self._ahead(candidate.backend) else self._queues.to_measure
-        queue.append(_Waiting(candidate))
+    def defer(self, seconds: float) -> None:
+        """Let what compiles where it is measured wait behind all else, at most so long from now or its submission."""
+        self._deferred, self._patience = time.monotonic(), seconds
+
+    def submit(self, candidate: Candidate, *, must: bool = False) -> None:
+        """Let a candidate be tried; one that `must` be is tried even if the search ends meanwhile (`finish`)."""
+        q, ahead = self._queues, self.compiles_ahead(candidate.backend)
+        slow = q.slow if backend_named(candidate.backend).compile_seconds else q.to_measure
+        queue = q.to_compile if ahead else slow
+        queue.append(_Waiting(candidate, must=must, ahead=ahead, since=time.monotonic()))
+
+    def compiles_ahead(self, backend: str) -> bool:
+        """Whether candidates of a backend are compiled by other processes than the one that measures."""
+        return bool(self._crew.compilers) and compiles_ahead(backend)
 
     @property
     def pending(self) -> int:
         """How many candidates were submitted and not taken yet."""
         q = self._queues
         measuring = q.measuring is not None
-        return len(q.to_compile) + len(q.compiling) + len(q.to_measure) + len(q.finished) + measuring
+        return sum(map(len, (q.to_compile, q.compiling, q.to_measure, q.slow, q.finished))) + measuring
 
     def wants(self, backend: str) -> bool:
         """Whether another candidate of `backend` would keep a process from waiting.
@@ -128,8 +149,11 @@ class Pipeline:
         nothing waits to be measured, so that it can be chosen by all that is known.
         """
         q = self._queues
-        if self._ahead(backend):
-            return len(q.to_compile) + len(q.compiling) + len(q.to_measure) < len(self._crew.compilers) + 1
+        if self.compiles_ahead(backend):
+            compiled = sum(each.ahead for each in q.to_measure)
+            return len(q.to_compile) + len(q.compiling) + compiled < len(self._crew.compilers) + 1
+        if q.slow and backend_named(backend).compile_seconds:
+            return False
         return not q.to_measure and q.measuring is None
 
     def take(self, *, best_ratio: float) -> Tried:
@@ -137,31 +161,33 @@ class Pipeline:
         self._best_ratio = best_ratio
         assert self.pending, "nothing was submitted"
         while not self._queues.finished:
-            self._advance()
-            if not self._queues.finished:
-                wait_for([self._crew.measurer, *self._queues.compiling])
+            self._go_on()
         return self._queues.finished.popleft()
 
-    def finish(self) -> tuple[Tried, ...]:
-        """Forget what waits and end what compiles; wait for what is being measured, and return what is finished."""
-        q = self._queues
-        for worker in q.compiling:
-            worker.stop()
-        for queue in (q.to_compile, q.compiling, q.to_measure):
-            queue.clear()
-        while q.measuring is not None:
-            self._advance()
-            wait_for([self._crew.measurer])
-        finished = tuple(q.finished)
-        q.finished.clear()
-        return finished
+    def finish(self, *, grace: float) -> Iterator[Tried]:
+        """Forget what need not be tried, and yield the rest, and what is being measured, as it finishes.
+
+        What must be tried and is not compiled `grace` seconds from now is skipped.
+        """
+        q, until = self._queues, time.monotonic() + grace
+        self._forget(lambda each: not each.must)
+        while self.pending:
+            if q.finished:
+                yield q.finished.popleft()
+                continue
+            if time.monotonic() >= until:
+                for each in self._forget(lambda each: each.ahead and not each.compile_seconds):
+                    message = f"not compiled {grace:.0f} s after the end of the search; allow more seconds"
+                    self._finish(each, self.trial(each.candidate, Outcome.SKIPPED, message))
+            self._go_on()
 
     def abandon(self) -> None:
         """Forget and end everything that is on its way."""
         if self._queues.measuring is not None or self._crew.measurer.busy:
             self._crew.measurer.stop()
             self._queues.measuring = None
-        self.finish()
+        self._forget(lambda _: True)
+        self._queues.finished.clear()
 
     def judge(self, candidates: tuple[Candidate, ...], *, rounds: int, seconds: float) -> Judged:
         """Hold the final of `candidates`, the first being the reference.
@@ -186,8 +212,24 @@ class Pipeline:
 
     # compiling and measuring
 
-    def _ahead(self, backend: str) -> bool:
-        return backend in COMPILERS and bool(self._crew.compilers)
+    def _forget(self, which: Callable[[_Waiting], bool]) -> list[_Waiting]:
+        """Take what waits or compiles out of the queues, end what compiles it, and return it."""
+        q = self._queues
+        forgotten = [each for queue in (q.to_compile, q.to_measure, q.slow) for each in queue if which(each)]
+        q.to_compile, q.to_measure, q.slow = (
+            deque(each for each in queue if not which(each)) for queue in (q.to_compile, q.to_measure, q.slow)
+        )
+        for worker, each in [*q.compiling.items()]:
+            if which(each):
+                worker.stop()
+                forgotten.append(q.compiling.pop(worker))
+        return forgotten
+
+    def _go_on(self) -> None:
+        """Start what can start; wait, for a moment, where nothing has finished."""
+        self._advance()
+        if not self._queues.finished:
+            wait_for([self._crew.measurer, *self._queues.compiling])
 
     def _advance(self) -> None:
         q, crew = self._queues, self._crew
@@ -205,9 +247,19 @@ class Pipeline:
             if q.to_compile and worker not in q.compiling and not (self._alone and q.measuring):
                 q.compiling[worker] = waiting = q.to_compile.popleft()
                 worker.start(self._compilation(waiting.candidate))
-        if q.measuring is None and q.to_measure and not (self._alone and q.compiling):
-            q.measuring = q.to_measure.popleft()
-            crew.measurer.start(self._attempt(q.measuring))
+        if q.measuring is None and not (self._alone and q.compiling):
+            q.measuring = self._next()
+            if q.measuring is not None:
+                crew.measurer.start(self._attempt(q.measuring))
+
+    def _next(self) -> _Waiting | None:
+        """Return what is measured next. What is slow waits for its turn, and until whoever submits had a chance to."""
+        q = self._queues
+        if q.slow and time.monotonic() >= max(self._deferred, q.slow[0].since) + self._patience:
+            return q.slow.popleft()
+        if q.to_measure:
+            return q.to_measure.popleft()
+        return q.slow.popleft() if q.slow and not (q.to_compile or q.compiling or q.finished) else None
 
     def _compilation(self, candidate: Candidate) -> Compiling:
         return Compiling(
@@ -220,7 +272,7 @@ class Pipeline:
 
     def _attempt(self, waiting: _Waiting) -> Attempting:
         candidate = waiting.candidate
-        limits = self._limits(0.0 if self._ahead(candidate.backend) else self._compile_seconds(candidate))
+        limits = self._limits(0.0 if waiting.ahead else self._compile_seconds(candidate))
         if candidate == self._preparation.reference:
             limits = replace(limits, check=limits.prepare, measure=limits.prepare)
         return Attempting(

@@ -61,6 +61,13 @@ class Hunt:
         space.spent += GUESS_SECONDS
         return candidate
 
+    def expect(self, candidate: Candidate) -> None:
+        """Note that a candidate is on its way without having been asked for: its configs are not asked for again."""
+        for role, config in candidate.configs:
+            space = self._spaces.get((candidate.backend, role, config.kernel))
+            if space is not None:
+                space.search.expect(config)
+
     def tell(self, trial: Trial) -> None:
         """Note what came of a candidate, asked for or not."""
         ratio = trial.measurement.ratio if trial.measurement else None
