@@ -31,9 +31,10 @@ MEMORY_SHARE = 0.8  # of the machine, for the process that measures
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """A finished trial, with what was compiled ahead for it and how long that took."""
+    """A finished trial; whether it was compiled ahead, what that found, and how long it took."""
 
     trial: Trial
+    compiled: bool = False
     footprints: tuple[Footprint, ...] = ()
     compile_seconds: float = 0.0
 
@@ -80,6 +81,7 @@ class _Waiting:
     must: bool = False  # be tried, even if the search ends
     ahead: bool = False
     since: float = 0.0
+    compiled: bool = False
     footprints: tuple[Footprint, ...] = ()
     compile_seconds: float = 0.0
 
@@ -176,8 +178,8 @@ class Pipeline:
                 yield q.finished.popleft()
                 continue
             if time.monotonic() >= until:
-                for each in self._forget(lambda each: each.ahead and not each.compile_seconds):
-                    message = f"not compiled {grace:.0f} s after the end of the search; allow more seconds"
+                for each in self._forget(lambda each: each.ahead and not each.compiled):
+                    message = f"not compiled {grace:g} s after the end of the search; allow more seconds"
                     self._finish(each, self.trial(each.candidate, Outcome.SKIPPED, message))
             self._go_on()
 
@@ -293,6 +295,7 @@ class Pipeline:
         assert isinstance(found, Compiled)
         waiting.footprints = found.footprints
         if found.outcome is Outcome.OK:
+            waiting.compiled = True
             self._queues.to_measure.append(waiting)
             return
         outcome = Outcome.COMPILE_FAILED if found.outcome is Outcome.FAILED else found.outcome
@@ -315,8 +318,14 @@ class Pipeline:
 
     def _finish(self, waiting: _Waiting, trial: Trial) -> None:
         trial = replace(trial, seconds=trial.seconds + waiting.compile_seconds)
-        tried = Tried(trial=trial, footprints=waiting.footprints, compile_seconds=waiting.compile_seconds)
-        self._queues.finished.append(tried)
+        self._queues.finished.append(
+            Tried(
+                trial=trial,
+                compiled=waiting.compiled,
+                footprints=waiting.footprints,
+                compile_seconds=waiting.compile_seconds,
+            )
+        )
 
     def trial(self, candidate: Candidate, outcome: Outcome, message: str, seconds: float = 0.0) -> Trial:
         """Return the trial of a candidate that did not run, or not to its end."""

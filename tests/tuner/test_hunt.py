@@ -69,3 +69,13 @@ def test_what_was_tried_elsewhere_is_not_tried_again() -> None:
     last = hunt.ask(Candidate, lambda _: True)
     assert last == Candidate.of("a", forward=Config.of("x", block=BLOCKS[-1]))
     assert hunt.ask(Candidate, lambda _: True) is None
+
+
+def test_what_is_on_its_way_is_not_asked_for_but_learned_from() -> None:
+    hunt = Hunt({("a", "forward", "x"): space("x")}, seed=0)
+    default = Candidate.of("a", forward=Config.of("x", block=1))
+    hunt.expect(default)
+    asked = {hunt.ask(Candidate, lambda _: True) for _ in BLOCKS[1:]}
+    assert asked == {Candidate.of("a", forward=Config.of("x", block=block)) for block in BLOCKS[1:]}
+    hunt.tell(tried(default, 1.0, 1.0))
+    assert hunt.ask(Candidate, lambda _: True) is None
