@@ -1,7 +1,7 @@
 """Compiles a candidate's kernels before the device that will run them is free, on any CPU core.
 
 What is compiled lies in a cache on disk afterwards, Triton's or flash-attn-4's, where the process that measures finds
-it. Backends that are not in COMPILERS compile when they are first called.
+it. Backends that are not in COMPILERS compile when they are first called: FlexAttention, because inductor asks the GPU.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from tilewise.kernels.backends import backend_named
 
 from .compiling import Compiled, Compiling
 from .limits import Limits
-from .measuring import Attempting, Judging, Preparation, Setup, Soaking, no_setup
+from .measuring import Attempting, Judging, Loading, Preparation, Setup, Soaking, no_setup
 from .processes import Ended, Worker, wait_for
 from .trying import Judged, stage_of
 
@@ -117,6 +117,8 @@ class Pipeline:
         self._longest = 0.0  # seconds of a right candidate
         self._best_ratio = float("inf")
         self._deferred, self._patience = 0.0, float("inf")
+        self._loading = False
+        self._loaded: set[tuple[int, str]] = set()  # process of the measurer, backend
 
     def compare_with(self, reference: Candidate) -> None:
         """Take the ratios of what is tried from now on against `reference`."""
@@ -187,7 +189,7 @@ class Pipeline:
         """Forget and end everything that is on its way."""
         if self._queues.measuring is not None or self._crew.measurer.busy:
             self._crew.measurer.stop()
-            self._queues.measuring = None
+            self._queues.measuring, self._loading = None, False
         self._forget(lambda _: True)
         self._queues.finished.clear()
 
@@ -240,6 +242,8 @@ class Pipeline:
             if ended is not None:
                 del q.compiling[worker]
                 self._compiled(waiting, ended)
+        if self._loading and crew.measurer.poll() is not None:  # however it ended: a trial tells what is wrong
+            self._loading = False
         if q.measuring is not None:
             ended = crew.measurer.poll()
             if ended is not None:
@@ -249,10 +253,23 @@ class Pipeline:
             if q.to_compile and worker not in q.compiling and not (self._alone and q.measuring):
                 q.compiling[worker] = waiting = q.to_compile.popleft()
                 worker.start(self._compilation(waiting.candidate))
-        if q.measuring is None and not (self._alone and q.compiling):
+        if q.measuring is None and not self._loading and not (self._alone and q.compiling):
             q.measuring = self._next()
             if q.measuring is not None:
                 crew.measurer.start(self._attempt(q.measuring))
+            else:
+                self._load()
+
+    def _load(self) -> None:
+        """Let the process that measures, while it waits, import what the next of the candidates that compile needs."""
+        measurer = self._crew.measurer
+        for each in self._queues.compiling.values():
+            backend = each.candidate.backend
+            if backend_named(backend).compile_seconds and (measurer.started, backend) not in self._loaded:
+                measurer.start(Loading(backend=backend, limits=self._crew.limits, setup=self._crew.setup))
+                self._loaded.add((measurer.started, backend))
+                self._loading = True
+                return
 
     def _next(self) -> _Waiting | None:
         """Return what is measured next. What is slow waits for its turn, and until whoever submits had a chance to."""
@@ -350,6 +367,8 @@ class Pipeline:
 
     def _run(self, task: Judging | Soaking) -> Ended:
         worker = self._crew.measurer
+        while self._loading:
+            self._go_on()
         worker.start(task)
         while (ended := worker.poll()) is None:
             wait_for([worker])

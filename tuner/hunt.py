@@ -41,6 +41,7 @@ class Hunt:
             first, neighbours = of_kernel(near, *key)
             self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
+        self._expected: set[Candidate] = set()
         self._best = float("inf")
 
     def ask(self, best_of: Callable[[str], Candidate], wants: Callable[[str], bool]) -> Candidate | None:
@@ -63,6 +64,7 @@ class Hunt:
 
     def expect(self, candidate: Candidate) -> None:
         """Note that a candidate is on its way without having been asked for: its configs are not asked for again."""
+        self._expected.add(candidate)
         for role, config in candidate.configs:
             space = self._spaces.get((candidate.backend, role, config.kernel))
             if space is not None:
@@ -78,10 +80,12 @@ class Hunt:
             (key, config), seconds = asked, trial.seconds - GUESS_SECONDS
             self._note(self._spaces[key], config, ratio, seconds)
             return
+        expected = trial.candidate in self._expected
+        self._expected.discard(trial.candidate)
         for role, config in trial.candidate.configs:
             space = self._spaces.get((trial.candidate.backend, role, config.kernel))
             if space is not None:
-                self._note(space, config, ratio, 0.0)
+                self._note(space, config, ratio, trial.seconds / len(trial.candidate.configs) if expected else 0.0)
 
     def _note(self, space: _Space, config: Config, ratio: float | None, seconds: float) -> None:
         space.spent += seconds

@@ -5,6 +5,7 @@ _flash_attn_bwd, whose parameters are looked up first: a version without them ke
 causal and window are aligned bottom-right there too, and rows with nothing to attend give 0 and LSE -inf.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class FlashCute(Backend):
         family = device.capability // 10
         group = problem.heads > problem.kv_heads
         return {"forward": _space(problem.head_dim, problem.v_head_dim, group, family, device.shared_memory)}
+
+    def load(self) -> None:
+        with contextlib.suppress(ImportError):  # a call says so
+            interface()
 
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         with torch.cuda.device_of(call.query):  # it launches on the current device, whatever the tensors are on

@@ -90,3 +90,23 @@ def test_what_is_not_compiled_then_is_waited_for_a_little(pipeline: Pipeline) ->
         "compile_hangs": Outcome.SKIPPED, "compiles": Outcome.SKIPPED, "right": Outcome.OK,
     }  # fmt: skip
     assert found["compiles"].message == "not compiled 0.3 s after the end of the search; allow more seconds"
+
+
+def test_the_process_that_measures_imports_while_it_waits(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, "loads")
+    monkeypatch.setattr(FAKES["loads"], "compile_seconds", 1.0)
+    pipeline.submit(Candidate("loads"))
+    trial = pipeline.take(best_ratio=NEVER).trial
+    assert trial.outcome is Outcome.OK, trial.message
+    judged = pipeline.judge((Candidate("sdpa"), Candidate("loads")), rounds=15, seconds=5)
+    assert judged.final is not None
+
+
+def test_a_final_waits_for_what_is_imported(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, "loads")
+    monkeypatch.setattr(FAKES["compile_hangs"], "compile_seconds", 1.0)
+    pipeline.submit(Candidate("compile_hangs"))
+    pipeline._go_on()
+    assert pipeline._loading
+    assert [*pipeline.finish(grace=0)] == []
+    assert pipeline.judge((Candidate("sdpa"), Candidate("plain")), rounds=15, seconds=5).final is not None
