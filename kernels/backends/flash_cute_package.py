@@ -87,7 +87,10 @@ def internals() -> Internals | None:
 @functools.cache
 def tunable() -> bool:
     """Whether this version's internal functions take the parameters that are tuned, as its source says."""
-    body = ast.parse(_source("interface.py")).body
+    try:
+        body = ast.parse(_source("interface.py")).body
+    except SyntaxError:  # of a newer Python
+        return False
     found = {node.name: node.args for node in body if isinstance(node, ast.FunctionDef)}
     return all(
         name in found and taken <= {each.arg for each in (*found[name].args, *found[name].kwonlyargs)}

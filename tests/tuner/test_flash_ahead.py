@@ -202,6 +202,10 @@ def test_it_is_not_compiled_ahead_where_nobody_would_find_it(installed: Path, mo
     (installed / "flash_attn/cute/cache_utils.py").write_text("")
     package._source.cache_clear()
     assert not compiles_ahead("flash_cute"), "the version keeps nothing"
+    (installed / "flash_attn/cute/interface.py").write_text("def _flash_attn_fwd(")
+    package._source.cache_clear()
+    package.tunable.cache_clear()
+    assert not compiles_ahead("flash_cute"), "its source cannot be read"
 
 
 def test_the_folder_without_a_home_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
