@@ -5,7 +5,6 @@ meet the best of each peer in one interleaved final (`core_row`). What the kerne
 cores, in processes of their own (`vet`). The report is written after every row, and a later invocation adds to it.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tilewise.domain.errors import SettingsError, TuningError
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 from tilewise.domain.trial import Outcome, now
 from tilewise.kernels import device as devices
+from tilewise.kernels.ahead import compiles_ahead
 from tilewise.kernels.backends import backend_named
 from tilewise.tuner.timing import clock_for
 
@@ -163,9 +163,7 @@ def _known(row: Row | None, standing: Candidate | None) -> tuple[Candidate, ...]
 
 def _cached(backend: str) -> bool:
     """Whether what a peer compiles lies on disk afterwards, so that another process can do it."""
-    return backend == "flex" or (
-        backend == "flash_cute" and os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == "1"
-    )
+    return backend == "flex" or compiles_ahead(backend)
 
 
 def _supported(job: Job, this: Run) -> bool:

@@ -46,7 +46,10 @@ ROUNDS, SECONDS = 120, 60.0
 SLOW = 2.0  # times the best: a default that is slower is not in the final
 OPTIMA = 3  # of a landscape, its best configs: the recorded order of near ones is noise
 # Where compiled kernels stay: each tuning has folders of its own.
-CACHES = ("TILEWISE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME")
+CACHES = (
+    "TILEWISE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,8 +36,8 @@ class Backend(abc.ABC):
       torch.
     - gives_lse: `forward` returns the LSE.
     - max_head_dim: the largest head_dim and v_head_dim that its kernels have on any device.
-    - compile_seconds: about what it costs to compile one config for the checker's three cases; a tuning whose budget
-      cannot afford that skips the backend.
+    - compile_seconds: about what it costs to compile one config for the checker's cases, in a fresh process; a tuning
+      whose budget cannot afford that skips the backend.
     """
 
     name: ClassVar[str]
@@ -61,6 +61,9 @@ class Backend(abc.ABC):
 
         Of a packed call (total_q, H, Dv) and (H, total_q).
         """
+
+    def load(self) -> None:  # noqa: B027
+        """Import what the first call would import, where that takes seconds: whoever measures has them to spare."""
 
     def pinned(self, call: Call) -> "Backend":  # noqa: ARG002
         """Return the backend that `forward` would run for `call` in training: itself, unless it only chooses one.

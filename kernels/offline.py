@@ -174,12 +174,15 @@ def _resource_usage(cubin: Path) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
 
 
-def call_without_data(problem: Problem) -> Call:
-    """Return a call of `problem` whose tensors have shapes and strides, on the device "meta", and no data."""
+def call_without_data(problem: Problem, device: str = "meta") -> Call:
+    """Return a call of `problem` whose tensors have shapes and strides and no data.
+
+    - device: "meta", or one that torch's FakeTensorMode, in which this must run then, is to pretend.
+    """
     p, dtype = problem, TORCH_DTYPES[problem.dtype]
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def tensor(rows: int, length: int, heads: int, dim: int) -> torch.Tensor:
         if p.packed:

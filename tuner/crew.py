@@ -1,7 +1,9 @@
 """The processes of one device: one that measures, and those that compile ahead of it."""
 
 import os
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -15,12 +17,12 @@ from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
-from tilewise.kernels.ahead import COMPILERS, Footprint
+from tilewise.kernels.ahead import Footprint, compiles_ahead
 from tilewise.kernels.backends import backend_named
 
 from .compiling import Compiled, Compiling
 from .limits import Limits
-from .measuring import Attempting, Judging, Preparation, Readying, Setup, Soaking, no_setup
+from .measuring import Attempting, Judging, Loading, Preparation, Readying, Setup, Soaking, no_setup
 from .processes import Ended, Worker, nothing, stop_all, wait_for
 from .trying import Judged, stage_of
 
@@ -31,9 +33,10 @@ MEMORY_SHARE = 0.8  # of the machine, for the process that measures
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """A finished trial, with what was compiled ahead for it and how long that took."""
+    """A finished trial; whether it was compiled ahead, what that found, and how long it took."""
 
     trial: Trial
+    compiled: bool = False
     footprints: tuple[Footprint, ...] = ()
     compile_seconds: float = 0.0
 
@@ -94,6 +97,10 @@ class Crew:
 @dataclass(slots=True)
 class _Waiting:
     candidate: Candidate
+    must: bool = False  # be tried, even if the search ends
+    ahead: bool = False
+    since: float = 0.0
+    compiled: bool = False
     footprints: tuple[Footprint, ...] = ()
     compile_seconds: float = 0.0
 
@@ -103,6 +110,7 @@ class _Queues:
     to_compile: deque[_Waiting] = field(default_factory=deque)
     compiling: dict[Worker, _Waiting] = field(default_factory=dict)
     to_measure: deque[_Waiting] = field(default_factory=deque)
+    slow: deque[_Waiting] = field(default_factory=deque)  # compile in the process that measures
     measuring: _Waiting | None = None
     finished: deque[Tried] = field(default_factory=deque)
 
@@ -112,6 +120,9 @@ class Pipeline:
 
         pipeline.submit(candidate)
         tried = pipeline.take(best_ratio=0.9)  # waits for the next one to finish
+
+    What takes long to compile and does it where it is measured waits until there is nothing else, but not for ever
+    (`defer`): meanwhile nothing could be measured.
 
     A process that dies or is ended costs the trial it was at; the next one is for a fresh process. Raises TuningError
     where the tensors and their references cannot be prepared.
@@ -124,21 +135,35 @@ class Pipeline:
         self._queues = _Queues()
         self._longest = 0.0  # seconds of a right candidate
         self._best_ratio = float("inf")
+        self._deferred, self._patience = 0.0, float("inf")
+        self._loading = False
+        self._loaded: set[tuple[int, str]] = set()  # process of the measurer, backend
 
     def compare_with(self, reference: Candidate) -> None:
         """Take the ratios of what is tried from now on against `reference`."""
         self._preparation = replace(self._preparation, reference=reference)
 
-    def submit(self, candidate: Candidate) -> None:
-        queue = self._queues.to_compile if self._ahead(candidate.backend) else self._queues.to_measure
-        queue.append(_Waiting(candidate))
+    def defer(self, seconds: float) -> None:
+        """Let what compiles where it is measured wait behind all else, at most so long from now or its submission."""
+        self._deferred, self._patience = time.monotonic(), seconds
+
+    def submit(self, candidate: Candidate, *, must: bool = False) -> None:
+        """Let a candidate be tried; one that `must` be is tried even if the search ends meanwhile (`finish`)."""
+        q, ahead = self._queues, self.compiles_ahead(candidate.backend)
+        slow = q.slow if backend_named(candidate.backend).compile_seconds else q.to_measure
+        queue = q.to_compile if ahead else slow
+        queue.append(_Waiting(candidate, must=must, ahead=ahead, since=time.monotonic()))
+
+    def compiles_ahead(self, backend: str) -> bool:
+        """Whether candidates of a backend are compiled by other processes than the one that measures."""
+        return bool(self._crew.compilers) and compiles_ahead(backend)
 
     @property
     def pending(self) -> int:
         """How many candidates were submitted and not taken yet."""
         q = self._queues
         measuring = q.measuring is not None
-        return len(q.to_compile) + len(q.compiling) + len(q.to_measure) + len(q.finished) + measuring
+        return sum(map(len, (q.to_compile, q.compiling, q.to_measure, q.slow, q.finished))) + measuring
 
     def wants(self, backend: str) -> bool:
         """Whether another candidate of `backend` would keep a process from waiting.
@@ -147,8 +172,11 @@ class Pipeline:
         nothing waits to be measured, so that it can be chosen by all that is known.
         """
         q = self._queues
-        if self._ahead(backend):
-            return len(q.to_compile) + len(q.compiling) + len(q.to_measure) < len(self._crew.compilers) + 1
+        if self.compiles_ahead(backend):
+            compiled = sum(each.ahead for each in q.to_measure)
+            return len(q.to_compile) + len(q.compiling) + compiled < len(self._crew.compilers) + 1
+        if q.slow and backend_named(backend).compile_seconds:
+            return False
         return not q.to_measure and q.measuring is None
 
     def take(self, *, best_ratio: float) -> Tried:
@@ -156,31 +184,33 @@ class Pipeline:
         self._best_ratio = best_ratio
         assert self.pending, "nothing was submitted"
         while not self._queues.finished:
-            self._advance()
-            if not self._queues.finished:
-                wait_for([self._crew.measurer, *self._queues.compiling])
+            self._go_on()
         return self._queues.finished.popleft()
 
-    def finish(self) -> tuple[Tried, ...]:
-        """Forget what waits and end what compiles; wait for what is being measured, and return what is finished."""
-        q = self._queues
-        for worker in q.compiling:
-            worker.stop()
-        for queue in (q.to_compile, q.compiling, q.to_measure):
-            queue.clear()
-        while q.measuring is not None:
-            self._advance()
-            wait_for([self._crew.measurer])
-        finished = tuple(q.finished)
-        q.finished.clear()
-        return finished
+    def finish(self, *, grace: float) -> Iterator[Tried]:
+        """Forget what need not be tried, and yield the rest, and what is being measured, as it finishes.
+
+        What must be tried and is not compiled `grace` seconds from now is skipped.
+        """
+        q, until = self._queues, time.monotonic() + grace
+        self._forget(lambda each: not each.must)
+        while self.pending:
+            if q.finished:
+                yield q.finished.popleft()
+                continue
+            if time.monotonic() >= until:
+                for each in self._forget(lambda each: each.ahead and not each.compiled):
+                    message = f"not compiled {grace:g} s after the end of the search; allow more seconds"
+                    self._finish(each, self.trial(each.candidate, Outcome.SKIPPED, message))
+            self._go_on()
 
     def abandon(self) -> None:
         """Forget and end everything that is on its way."""
         if self._queues.measuring is not None or self._crew.measurer.busy:
             self._crew.measurer.stop()
-            self._queues.measuring = None
-        self.finish()
+            self._queues.measuring, self._loading = None, False
+        self._forget(lambda _: True)
+        self._queues.finished.clear()
 
     def judge(self, candidates: tuple[Candidate, ...], *, rounds: int, seconds: float) -> Judged:
         """Hold the final of `candidates`, the first being the reference.
@@ -205,8 +235,24 @@ class Pipeline:
 
     # compiling and measuring
 
-    def _ahead(self, backend: str) -> bool:
-        return backend in COMPILERS and bool(self._crew.compilers)
+    def _forget(self, which: Callable[[_Waiting], bool]) -> list[_Waiting]:
+        """Take what waits or compiles out of the queues, end what compiles it, and return it."""
+        q = self._queues
+        forgotten = [each for queue in (q.to_compile, q.to_measure, q.slow) for each in queue if which(each)]
+        q.to_compile, q.to_measure, q.slow = (
+            deque(each for each in queue if not which(each)) for queue in (q.to_compile, q.to_measure, q.slow)
+        )
+        for worker, each in [*q.compiling.items()]:
+            if which(each):
+                worker.stop()
+                forgotten.append(q.compiling.pop(worker))
+        return forgotten
+
+    def _go_on(self) -> None:
+        """Start what can start; wait, for a moment, where nothing has finished."""
+        self._advance()
+        if not self._queues.finished:
+            wait_for([self._crew.measurer, *self._queues.compiling])
 
     def _advance(self) -> None:
         q, crew = self._queues, self._crew
@@ -215,6 +261,8 @@ class Pipeline:
             if ended is not None:
                 del q.compiling[worker]
                 self._compiled(waiting, ended)
+        if self._loading and crew.measurer.poll() is not None:  # however it ended: a trial tells what is wrong
+            self._loading = False
         if q.measuring is not None:
             ended = crew.measurer.poll()
             if ended is not None:
@@ -224,9 +272,32 @@ class Pipeline:
             if q.to_compile and worker not in q.compiling and not (self._alone and q.measuring):
                 q.compiling[worker] = waiting = q.to_compile.popleft()
                 worker.start(self._compilation(waiting.candidate))
-        if q.measuring is None and q.to_measure and not (self._alone and q.compiling):
-            q.measuring = q.to_measure.popleft()
-            crew.measurer.start(self._attempt(q.measuring))
+        if q.measuring is None and not self._loading and not (self._alone and q.compiling):
+            q.measuring = self._next()
+            if q.measuring is not None:
+                crew.measurer.start(self._attempt(q.measuring))
+            else:
+                self._load()
+
+    def _load(self) -> None:
+        """Let the process that measures, while it waits, import what the next of the candidates that compile needs."""
+        measurer = self._crew.measurer
+        for each in self._queues.compiling.values():
+            backend = each.candidate.backend
+            if backend_named(backend).compile_seconds and (measurer.started, backend) not in self._loaded:
+                measurer.start(Loading(backend=backend, limits=self._crew.limits, setup=self._crew.setup))
+                self._loaded.add((measurer.started, backend))
+                self._loading = True
+                return
+
+    def _next(self) -> _Waiting | None:
+        """Return what is measured next. What is slow waits for its turn, and until whoever submits had a chance to."""
+        q = self._queues
+        if q.slow and time.monotonic() >= max(self._deferred, q.slow[0].since) + self._patience:
+            return q.slow.popleft()
+        if q.to_measure:
+            return q.to_measure.popleft()
+        return q.slow.popleft() if q.slow and not (q.to_compile or q.compiling or q.finished) else None
 
     def _compilation(self, candidate: Candidate) -> Compiling:
         return Compiling(
@@ -239,7 +310,7 @@ class Pipeline:
 
     def _attempt(self, waiting: _Waiting) -> Attempting:
         candidate = waiting.candidate
-        limits = self._limits(0.0 if self._ahead(candidate.backend) else self._compile_seconds(candidate))
+        limits = self._limits(0.0 if waiting.ahead else self._compile_seconds(candidate))
         if candidate == self._preparation.reference:
             limits = replace(limits, check=limits.prepare, measure=limits.prepare)
         return Attempting(
@@ -260,6 +331,7 @@ class Pipeline:
         assert isinstance(found, Compiled)
         waiting.footprints = found.footprints
         if found.outcome is Outcome.OK:
+            waiting.compiled = True
             self._queues.to_measure.append(waiting)
             return
         outcome = Outcome.COMPILE_FAILED if found.outcome is Outcome.FAILED else found.outcome
@@ -282,8 +354,14 @@ class Pipeline:
 
     def _finish(self, waiting: _Waiting, trial: Trial) -> None:
         trial = replace(trial, seconds=trial.seconds + waiting.compile_seconds)
-        tried = Tried(trial=trial, footprints=waiting.footprints, compile_seconds=waiting.compile_seconds)
-        self._queues.finished.append(tried)
+        self._queues.finished.append(
+            Tried(
+                trial=trial,
+                compiled=waiting.compiled,
+                footprints=waiting.footprints,
+                compile_seconds=waiting.compile_seconds,
+            )
+        )
 
     def trial(self, candidate: Candidate, outcome: Outcome, message: str, seconds: float = 0.0) -> Trial:
         """Return the trial of a candidate that did not run, or not to its end."""
@@ -308,6 +386,8 @@ class Pipeline:
 
     def _run(self, task: Judging | Soaking) -> Ended:
         worker = self._crew.measurer
+        while self._loading:
+            self._go_on()
         worker.start(task)
         while (ended := worker.poll()) is None:
             wait_for([worker])

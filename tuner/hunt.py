@@ -51,6 +51,7 @@ class Hunt:
             first = first or [*known(space)[:KNOWN]]
             self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
+        self._expected: set[Candidate] = set()
         self._best = float("inf")
         self._defaults = {key: space.default for key, space in spaces.items()}
         self._refused: set[str] = set()  # backends that cannot be imported, say: no config of theirs will do better
@@ -74,6 +75,14 @@ class Hunt:
         space.spent += GUESS_SECONDS
         return candidate
 
+    def expect(self, candidate: Candidate) -> None:
+        """Note that a candidate is on its way without having been asked for: its configs are not asked for again."""
+        self._expected.add(candidate)
+        for role, config in candidate.configs:
+            space = self._spaces.get((candidate.backend, role, config.kernel))
+            if space is not None:
+                space.search.expect(config)
+
     def tell(self, trial: Trial) -> None:
         """Note what came of a candidate, asked for or not."""
         ratio = trial.measurement.ratio if trial.measurement else None
@@ -86,10 +95,12 @@ class Hunt:
             (key, config), seconds = asked, trial.seconds - GUESS_SECONDS
             self._note(self._spaces[key], config, ratio, seconds)
             return
+        expected = trial.candidate in self._expected
+        self._expected.discard(trial.candidate)
         for role, config in trial.candidate.configs:
             space = self._spaces.get((trial.candidate.backend, role, config.kernel))
             if space is not None:
-                self._note(space, config, ratio, 0.0)
+                self._note(space, config, ratio, trial.seconds / len(trial.candidate.configs) if expected else 0.0)
 
     def _is_default(self, candidate: Candidate) -> bool:
         keys = {(candidate.backend, role, config.kernel): config for role, config in candidate.configs}

@@ -38,7 +38,7 @@ class Ledger:
     def note(self, tried: Tried) -> None:
         """Note a trial with what it cost."""
         self.add([tried.trial])
-        self._compiled += bool(tried.footprints)
+        self._compiled += tried.compiled
         self._compile_seconds += tried.compile_seconds
         self._seconds += tried.trial.seconds - tried.compile_seconds
 

@@ -9,6 +9,7 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Trial
+from tilewise.kernels.backends import backend_named
 
 from .correctness import Checker
 from .limits import Limits
@@ -104,6 +105,20 @@ class Judging:
             return bench.judge(
                 self.candidates, rounds=self.rounds, seconds=self.seconds, enter=room.enter, limits=self.limits
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """Import what the calls of a backend need, before there is one."""
+
+    backend: str
+    limits: Limits
+    setup: Setup
+
+    def __call__(self, room: Room) -> None:
+        room.enter("load", self.limits.prepare)
+        self.setup()
+        backend_named(self.backend).load()
 
 
 _ready: tuple[Preparation, Bench] | None = None  # of one problem at a time: its tensors may fill half a device

@@ -102,6 +102,12 @@ class Search:
         self._pending[config] = None
         return config
 
+    def expect(self, config: Config) -> None:
+        """Note that `config` is on its way without having been asked for."""
+        if config in self._open:
+            del self._open[config]
+            self._pending[config] = None
+
     def tell(self, config: Config, ratio: float | None) -> None:
         """Note that `config` was tried: its ratio to the reference candidate, or None when it failed."""
         self._open.pop(config, None)

@@ -1,6 +1,7 @@
 """Tunes one problem on one device: defaults, search, interleaved final, verdict, kept."""
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tilewise.kernels import device as devices
 from tilewise.kernels.backend import Backend
 from tilewise.kernels.backends import BACKENDS, backend_named
 
+from . import allowance
 from .crew import Crew, Pipeline, Tried
 from .hunt import Hunt, Role
 from .known import known
@@ -45,8 +47,6 @@ MAX_FINAL_SECONDS = 60.0
 # What ratios are taken against where torch's own choice is wrong, the first that is right: cuDNN's dropout is no fair
 # draw (docs/notes/backends.md).
 STAND_INS = ("sdpa_flash", "sdpa_efficient", "sdpa_math", "plain")
-# The share of the search's seconds that compiling one config of a backend may take.
-AFFORDABLE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,7 @@ class _Tuning:
         self._default = self._baseline = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
         self._named = frozenset(backends)
+        self._defaults: list[Candidate] = []  # that this run tries
         self._newest = 0  # number of the newest trial in the database that is known here
         self._start = time.monotonic()
         self._ledger = Ledger(self._default, self._default_of, since=self._start if since is None else since)
@@ -131,7 +132,7 @@ class _Tuning:
         try:
             self._tell("prepare", pipeline)
             resumed = self._resume()
-            spaces = self._try_defaults(pipeline)
+            spaces = self._begin(pipeline)
             self._search(pipeline, spaces)
             verdict = self._conclude(pipeline, job, resumed)
         except (KeyboardInterrupt, SystemExit):
@@ -181,28 +182,27 @@ class _Tuning:
             and (trial.candidate != self._default or trial.outcome is Outcome.OK)
         ]
 
-    def _try_defaults(self, pipeline: Pipeline) -> dict[Role, SearchSpace]:
-        """Try every backend's default, torch's own choice first; return the spaces by backend, role and kernel.
+    def _begin(self, pipeline: Pipeline) -> dict[Role, SearchSpace]:
+        """Try torch's own choice, with every other default on its way; return the spaces by backend, role and kernel.
 
-        All are on their way at once: what compiles does so while the tensors of the problem are prepared.
+        What compiles does so while the tensors of the problem are prepared, and the search waits for none of them.
         """
         names = [self._default.backend, *(name for name in BACKENDS if name in self._backends)]
         spaces: dict[Role, SearchSpace] = {}
         refused: list[Trial] = []
-        submitted: list[Candidate] = []
         for name in dict.fromkeys(names):
             backend = backend_named(name)
             reason = backend.supports(self._problem, self._device)
             candidate = Candidate(name) if reason else self._default_of(name)
             known = candidate in self._ledger.trials
-            if reason is None and not known and (skipped := self._why_skipped(backend)) is not None:
+            if reason is None and not known and (skipped := self._why_skipped(backend, pipeline)) is not None:
                 refused.append(pipeline.trial(candidate, Outcome.SKIPPED, skipped))
                 continue
             if reason is not None and not known:
                 refused.append(pipeline.trial(candidate, Outcome.UNSUPPORTED, reason))
             elif not known:
-                submitted.append(candidate)
-                pipeline.submit(candidate)
+                self._defaults.append(candidate)
+                pipeline.submit(candidate, must=True)
             if reason is None:
                 for role, space in backend.spaces(self._problem, self._device).items():
                     spaces |= {(name, role, kernel.kernel): kernel for kernel in space.by_kernel}
@@ -211,15 +211,20 @@ class _Tuning:
         found = self._ledger.trials.get(self._default) or next(t for t in refused if t.candidate == self._default)
         if found.outcome is not Outcome.OK:
             self._find_stand_in(pipeline, found)
-            for candidate in submitted:
+            for candidate in self._defaults:
                 if candidate not in self._ledger.trials:
-                    pipeline.submit(candidate)
+                    pipeline.submit(candidate, must=True)
         self._start = time.monotonic()
+        pipeline.defer(allowance.deferred(self._budget))
         self._ledger.begin("search")
         for trial in refused:
             self._keep(Tried(trial=trial), pipeline)
-        self._take_all(pipeline)
         return spaces
+
+    def _why_skipped(self, backend: Backend, pipeline: Pipeline) -> str | None:
+        if backend.name in self._named:
+            return None
+        return allowance.why_skipped(backend, self._budget, ahead=pipeline.compiles_ahead(backend.name))
 
     def _find_stand_in(self, pipeline: Pipeline, failed: Trial) -> None:
         """Settle what ratios are taken against where torch's own choice is not right: the first of STAND_INS that is.
@@ -247,33 +252,30 @@ class _Tuning:
         while pipeline.pending:
             self._keep(pipeline.take(best_ratio=self._ledger.best_ratio), pipeline)
 
-    def _why_skipped(self, backend: Backend) -> str | None:
-        """Return why this budget cannot afford to compile `backend`, which was not asked for by name."""
-        most = AFFORDABLE * self._budget.seconds
-        if backend.compile_seconds <= most or backend.name in self._named:
-            return None
-        return (
-            f"compiling it takes about {backend.compile_seconds:.0f} s, and a search of {self._budget.seconds:g} s "
-            f"spends at most {most:g} s on that; allow more seconds or name it with --backends"
-        )
-
     def _search(self, pipeline: Pipeline, spaces: dict[Role, SearchSpace]) -> None:
-        """Search the spaces, several candidates at a time where they compile ahead, until a limit of the budget."""
+        """Search the spaces, several candidates at a time where they compile ahead, until a limit of the budget.
+
+        Defaults finish among them, and are no sign that the search has settled.
+        """
         hunt = Hunt(
             spaces,
             seed=self._seed,
             near=nearest(self._database, self._problem, self._device),
             known=lambda space: known(space, self._problem),
         )
+        for default in self._defaults:
+            hunt.expect(default)
         for trial in self._ledger.trials.values():
             hunt.tell(trial)
+
+        def wants(backend: str) -> bool:
+            return pipeline.wants(backend) and not self._useless(backend)
+
         stale = 0
-        while True:
-            if stale >= self._budget.patience or self._seconds_left() <= 0:
-                break
+        while stale < self._budget.patience and self._seconds_left() > 0:
             self._meet(hunt)
             while self._ledger.count + pipeline.pending < self._budget.trials:
-                candidate = hunt.ask(self._ledger.best_of, pipeline.wants)
+                candidate = hunt.ask(self._ledger.best_of, wants)
                 if candidate is None:
                     break
                 pipeline.submit(candidate)
@@ -283,9 +285,18 @@ class _Tuning:
             tried = pipeline.take(best_ratio=before)
             self._keep(tried, pipeline)
             hunt.tell(tried.trial)
-            stale = 0 if self._ledger.best_ratio < before else stale + 1
-        for tried in pipeline.finish():
+            if self._ledger.best_ratio < before:
+                stale = 0
+            elif tried.trial.candidate not in self._defaults:
+                stale += 1
+        grace = math.inf if self._named else allowance.grace(self._budget)  # who names backends waits for them
+        for tried in pipeline.finish(grace=grace):
             self._keep(tried, pipeline)
+
+    def _useless(self, backend: str) -> bool:
+        """Whether not even the default of a backend can be run here: what it needs is broken."""
+        default = self._ledger.trials.get(self._default_of(backend))
+        return default is not None and default.outcome is Outcome.UNSUPPORTED
 
     def _meet(self, hunt: Hunt) -> None:
         """Take over what another tuner of this problem has tried meanwhile."""

@@ -5,13 +5,9 @@ _flash_attn_bwd, whose parameters are looked up first: a version without them ke
 causal and window are aligned bottom-right there too, and rows with nothing to attend give 0 and LSE -inf.
 """
 
+import contextlib
 import functools
-import importlib
-import importlib.machinery
-import importlib.metadata
-import importlib.util
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,15 +23,10 @@ from tilewise.domain.space import Constraint, Parameter, SearchSpace
 from ..backend import Backend, Gradients, unsupported_feature, unsupported_varlen
 from ..call import Call
 from ..packed import flash_arguments
+from .flash_cute_package import Internals, absent, interface, internals, tunable, version
 
 KERNEL = "flash_cute_forward"
 KNOWN_VERSION = "4.0.0b36"
-_NEEDED = {"cutlass": "nvidia-cutlass-dsl", "quack": "quack-kernels", "tvm_ffi": "apache-tvm-ffi", "einops": "einops"}
-_TUNED = ("tile_mn", "mma_pv_is_rs", "intra_wg_overlap", "pack_gqa", "num_splits")
-_SHARED = (
-    "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right",
-    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-)  # fmt: skip
 # Registers of a thread for scores, their half-precision copy and the accumulator, by tile_m (64 rows a warp group).
 # Measured on an H200: above these a config spills and is 2 to 3 times slower than the best.
 _REGISTERS = {64: 240, 128: 216, 192: 140}
@@ -67,24 +58,29 @@ class FlashCute(Backend):
         return reason or unsupported_feature(problem, "mask", "alibi", "dropout") or unsupported_varlen(problem)
 
     def spaces(self, problem: Problem, device: Device) -> Mapping[str, SearchSpace]:
-        if _internals() is None:
+        if not tunable():
             return {}
         family = device.capability // 10
         group = problem.heads > problem.kv_heads
         return {"forward": _space(problem.head_dim, problem.v_head_dim, group, family, device.shared_memory)}
 
+    def load(self) -> None:
+        with contextlib.suppress(ImportError):  # a call says so
+            interface()
+
     def forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         with torch.cuda.device_of(call.query):  # it launches on the current device, whatever the tensors are on
-            return self._forward(call, config)
+            return self.compute(call, config)
 
-    def _forward(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def compute(self, call: Call, config: Config | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what `forward` returns; on tensors without data only compile what it launches."""
         try:
-            interface = _interface()
+            package = interface()
         except ImportError as error:
             raise UnsupportedError(f"flash_attn.cute cannot be imported: {error}; install it again") from error
         options, packed = _options(call.problem, config), flash_arguments(call)
         if not options:
-            own = interface.flash_attn_varlen_func if packed else interface.flash_attn_func
+            own = package.flash_attn_varlen_func if packed else package.flash_attn_func
             out, lse = own(
                 call.query,
                 call.key,
@@ -98,17 +94,17 @@ class FlashCute(Backend):
                 return_lse=True,
             )
             return out, lse
-        internals = _internals()
-        if internals is None:
+        inside = internals()
+        if inside is None:
             raise UnsupportedError(
                 f"{config} cannot be told to flash-attn-4 {version()}: its _flash_attn_fwd and _flash_attn_bwd take "
                 f"other parameters than those of {KNOWN_VERSION}; install that version or use the default config"
             )
-        out, lse = _Attend.apply(call.query, call.key, call.value, _Tuned.of(internals, call), options)
+        out, lse = _Attend.apply(call.query, call.key, call.value, _Tuned.of(inside, call), options)
         return out, lse
 
     def saves(self, call: Call) -> bool:  # noqa: ARG002
-        return _internals() is not None
+        return internals() is not None
 
     def backward(
         self,
@@ -118,22 +114,10 @@ class FlashCute(Backend):
         grad_out: torch.Tensor,
         candidate: Candidate,  # noqa: ARG002
     ) -> Gradients:
-        internals = _internals()
-        assert internals is not None, "it saved"
-        found = _Tuned.of(internals, call).backward(call.query, call.key, call.value, out, lse, grad_out)
+        inside = internals()
+        assert inside is not None, "it saved"
+        found = _Tuned.of(inside, call).backward(call.query, call.key, call.value, out, lse, grad_out)
         return Gradients(*found)
-
-
-def absent() -> str | None:
-    """Return why flash_attn.cute cannot be imported, or None; nothing is imported to find out."""
-    parent = importlib.util.find_spec("flash_attn")
-    places = list(parent.submodule_search_locations or ()) if parent else []
-    if not places or importlib.machinery.PathFinder.find_spec("flash_attn.cute", places) is None:
-        return "flash_attn.cute is not installed: pip install 'tilewise[flash]' (CUDA 13: 'flash-attn-4[cu13]')"
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return f"flash_attn.cute is installed without {', '.join(missing)}: pip install 'tilewise[flash]'"
-    return None
 
 
 def _why_not_arch(problem: Problem, device: Device) -> str | None:
@@ -159,47 +143,6 @@ def _why_not_head_dim(problem: Problem, family: int) -> str | None:
     if family in (10, 11) and dims in ((192, 128), (256, 256)):
         return None
     return "needs head_dim of at most 128 on this device" if max(dims) > 128 else None
-
-
-# what the package is
-
-
-@functools.cache
-def _interface() -> Any:
-    return importlib.import_module("flash_attn.cute.interface")
-
-
-@dataclass(frozen=True, slots=True)
-class Internals:
-    """The package's forward and backward below its public function."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
-@functools.cache
-def _internals() -> Internals | None:
-    """Return the internal functions, or None where this version's take other parameters."""
-    try:
-        interface = _interface()
-    except ImportError:
-        return None
-    forward, backward = (getattr(interface, name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
-    if forward is None or backward is None:
-        return None
-    takes = {*inspect.signature(forward).parameters}
-    if not takes.issuperset({*_TUNED, *_SHARED, "return_lse"}):
-        return None
-    takes = {*inspect.signature(backward).parameters}
-    return Internals(forward, backward) if takes.issuperset({*_SHARED, "deterministic"}) else None
-
-
-def version() -> str | None:
-    """Return the installed version of flash-attn-4, None without one."""
-    try:
-        return importlib.metadata.version("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # parameters

@@ -20,7 +20,7 @@ from tilewise.domain.errors import UnsupportedError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels import device as devices
 from tilewise.kernels import reference
-from tilewise.kernels.backends import BACKENDS, flash, flash_cute
+from tilewise.kernels.backends import BACKENDS, flash, flash_cute, flash_cute_package
 from tilewise.kernels.backends.flash import Flash
 from tilewise.kernels.backends.flash_cute import KERNEL, FlashCute
 from tilewise.kernels.inputs import random_call
@@ -149,7 +149,8 @@ def _forget() -> dict[str, Any]:
     """Take every module of the packages out of sys.modules and return them."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     importlib.invalidate_caches()
-    for cached in (flash_cute._interface, flash_cute._internals, flash._function):
+    package = flash_cute_package
+    for cached in (package.interface, package.internals, package.tunable, package._source, flash._function):
         cached.cache_clear()
     return {name: sys.modules.pop(name) for name in names}
 
@@ -319,7 +320,7 @@ def test_the_reason_without_what_it_needs(name: str, install: Install) -> None:
     install(cute(without=name))
     reason = FlashCute().supports(HALF, H200)
     assert reason is not None
-    assert f"installed without {flash_cute._NEEDED[name]}:" in reason
+    assert f"installed without {flash_cute_package.NEEDED[name]}:" in reason
     assert "flash_attn.cute.interface" not in sys.modules, "nothing is imported to find out"
 
 
@@ -520,7 +521,7 @@ def gpu_with(problem: Problem) -> torch.device | None:
     """Return the GPU if flash_attn.cute can run `problem` there; where the package is absent, its reason is tested."""
     device = devices.select("cuda")
     reason = FlashCute().supports(problem, devices.describe(device))
-    absent = flash_cute.absent()
+    absent = flash_cute_package.absent()
     assert reason == absent
     return device if absent is None else None
 

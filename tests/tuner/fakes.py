@@ -41,6 +41,9 @@ def right(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(call.query.dtype), lse
 
 
+LOADED: set[str] = set()
+
+
 class Fake(Backend):
     """Computes what it is given."""
 
@@ -55,6 +58,9 @@ class Fake(Backend):
 
     def supports(self, problem: Problem, device: Device) -> str | None:  # noqa: ARG002
         return self.refuses
+
+    def load(self) -> None:
+        LOADED.add(self.name)
 
     def forward(self, call: Call, config: Config | None) -> Result:  # noqa: ARG002
         self.calls += 1
@@ -226,6 +232,11 @@ def fails_when_called_often(call: Call) -> Result:
     return right(call)
 
 
+def only_loaded(call: Call) -> Result:
+    assert "loads" in LOADED, "it was not loaded before"
+    return right(call)
+
+
 FAKES: dict[str, Fake] = {
     computes.__name__: Fake(computes, name=computes.__name__)
     for computes in (
@@ -286,8 +297,9 @@ COMPILING = {
     "compile_segfaults": _segfaults,
     "compile_too_large": _too_large,
     "compiles": _compiles,
+    "loads": _compiles,
 }
-FAKES |= {name: Fake(right, name=name) for name in COMPILING}
+FAKES |= {name: Fake(right, name=name) for name in COMPILING} | {"loads": Fake(only_loaded, name="loads")}
 
 
 def set_up() -> None:

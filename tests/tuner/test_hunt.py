@@ -91,3 +91,29 @@ def test_known_configs_come_first_where_no_near_problem_teaches() -> None:
     near = Near(Problem(batch=1, heads=2, q_len=64, head_dim=16), 1.0, (trial,))
     hunt = Hunt({("a", "forward", "x"): space("x")}, seed=0, near=[near], known=lambda _: known)
     assert hunt.ask(Candidate, lambda _: True) == trial.candidate
+
+
+def test_what_is_on_its_way_is_not_asked_for_but_learned_from() -> None:
+    hunt = Hunt({("a", "forward", "x"): space("x")}, seed=0)
+    default = Candidate.of("a", forward=Config.of("x", block=1))
+    hunt.expect(default)
+    asked = {hunt.ask(Candidate, lambda _: True) for _ in BLOCKS[1:]}
+    assert asked == {Candidate.of("a", forward=Config.of("x", block=block)) for block in BLOCKS[1:]}
+    hunt.tell(tried(default, 1.0, 1.0))
+    assert hunt.ask(Candidate, lambda _: True) is None
+
+
+def test_what_is_on_its_way_counts_with_its_time() -> None:
+    slow, quick = ("a", "forward", "x"), ("b", "forward", "y")
+    hunt = Hunt({slow: space("x"), quick: space("y")}, seed=0)
+    defaults = [Candidate.of(key[0], forward=Config.of(key[2], block=1)) for key in (slow, quick)]
+    for default, seconds in zip(defaults, (15.0, 1.0), strict=True):
+        hunt.expect(default)
+        hunt.tell(tried(default, 1.0, seconds))
+    counts: Counter[str] = Counter()
+    for _ in range(20):
+        candidate = hunt.ask(Candidate, lambda _: True)
+        assert candidate is not None
+        counts[candidate.backend] += 1
+        hunt.tell(tried(candidate, 1.0, 1.0))
+    assert counts == {"b": 17, "a": 3}

@@ -1,0 +1,112 @@
+"""In which order candidates go through a crew, and what becomes of them when the search ends."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tilewise.domain.config import Candidate
+from tilewise.domain.trial import Outcome
+from tilewise.tuner.crew import Crew, Pipeline
+from tilewise.tuner.measuring import Preparation
+
+from .fakes import FAKES, TINY, seen, set_up
+
+NEVER = float("inf")
+
+
+@pytest.fixture
+def pipeline(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    """Compiling and measuring at once, as on a GPU; `right` takes a second to compile, where it is measured."""
+    seen(monkeypatch, "right", "compiles", "compile_hangs", "compile_raises")
+    monkeypatch.setattr(FAKES["right"], "compile_seconds", 1.0)
+    preparation = Preparation(problem=TINY, device="cpu", reference=Candidate("sdpa"), seed=0, threads=1, setup=set_up)
+    one = Pipeline(crew, preparation)
+    one._alone = False
+    yield one
+    one.abandon()
+
+
+def order(pipeline: Pipeline) -> list[str]:
+    found = []
+    while pipeline.pending:
+        found.append(pipeline.take(best_ratio=NEVER).trial.candidate.backend)
+    return found
+
+
+def test_what_compiles_where_it_is_measured_waits_for_the_rest(pipeline: Pipeline) -> None:
+    for name in ("right", "compiles", "plain", "sdpa"):
+        pipeline.submit(Candidate(name))
+    pipeline.defer(60)
+    found = order(pipeline)
+    assert found[-1] == "right"
+    assert sorted(found) == ["compiles", "plain", "right", "sdpa"]
+
+
+def test_but_not_longer_than_it_may(pipeline: Pipeline) -> None:
+    for name in ("plain", "right", "sdpa"):
+        pipeline.submit(Candidate(name))
+    pipeline.defer(0)
+    assert order(pipeline) == ["right", "plain", "sdpa"]
+
+
+def test_it_waits_until_the_search_had_a_chance_to_submit(pipeline: Pipeline) -> None:
+    pipeline.submit(Candidate("sdpa"))
+    pipeline.submit(Candidate("right"))
+    pipeline.defer(60)
+    assert pipeline.take(best_ratio=NEVER).trial.candidate == Candidate("sdpa")
+    pipeline.submit(Candidate("plain"))
+    assert order(pipeline) == ["plain", "right"]
+
+
+def test_what_compiles_ahead_is_wanted_whatever_else_waits(pipeline: Pipeline) -> None:
+    for name in ("right", "plain", "sdpa"):
+        pipeline.submit(Candidate(name))
+    assert pipeline.wants("compiles")
+    assert not pipeline.wants("right")
+    for _ in range(2):  # one more than there are processes
+        pipeline.submit(Candidate("compiles"))
+    assert not pipeline.wants("compiles")
+
+
+def test_the_end_of_a_search_tries_what_must_be(pipeline: Pipeline) -> None:
+    for name in ("right", "compiles", "compile_raises"):
+        pipeline.submit(Candidate(name), must=True)
+    for name in ("plain", "compile_hangs"):
+        pipeline.submit(Candidate(name))
+    found = {tried.trial.candidate.backend: tried for tried in pipeline.finish(grace=60)}
+    assert {name: tried.trial.outcome for name, tried in found.items()} == {
+        "right": Outcome.OK, "compiles": Outcome.OK, "compile_raises": Outcome.COMPILE_FAILED,
+    }  # fmt: skip
+    assert {name for name, tried in found.items() if tried.compiled} == {"compiles"}
+    assert not pipeline.pending
+
+
+def test_what_is_not_compiled_then_is_waited_for_a_little(pipeline: Pipeline) -> None:
+    pipeline.submit(Candidate("compile_hangs"), must=True)
+    pipeline.submit(Candidate("compiles"), must=True)  # behind it: there is one process
+    pipeline.submit(Candidate("right"), must=True)
+    found = {tried.trial.candidate.backend: tried.trial for tried in pipeline.finish(grace=0.3)}
+    assert {name: trial.outcome for name, trial in found.items()} == {
+        "compile_hangs": Outcome.SKIPPED, "compiles": Outcome.SKIPPED, "right": Outcome.OK,
+    }  # fmt: skip
+    assert found["compiles"].message == "not compiled 0.3 s after the end of the search; allow more seconds"
+
+
+def test_the_process_that_measures_imports_while_it_waits(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, "loads")
+    monkeypatch.setattr(FAKES["loads"], "compile_seconds", 1.0)
+    pipeline.submit(Candidate("loads"))
+    trial = pipeline.take(best_ratio=NEVER).trial
+    assert trial.outcome is Outcome.OK, trial.message
+    judged = pipeline.judge((Candidate("sdpa"), Candidate("loads")), rounds=15, seconds=5)
+    assert judged.final is not None
+
+
+def test_a_final_waits_for_what_is_imported(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, "loads")
+    monkeypatch.setattr(FAKES["compile_hangs"], "compile_seconds", 1.0)
+    pipeline.submit(Candidate("compile_hangs"))
+    pipeline._go_on()
+    assert pipeline._loading
+    assert [*pipeline.finish(grace=0)] == []
+    assert pipeline.judge((Candidate("sdpa"), Candidate("plain")), rounds=15, seconds=5).final is not None
