@@ -238,7 +238,7 @@ def decoding(cell: Cell, shared: Shared, copy_gbps: float) -> Row:
     """Search and hold the final of a decoding problem as the benchmark of decoding does."""
     start = time.monotonic()
     named = decode.Cell(name=cell.name, problem=cell.problem)
-    compile_ahead(decode.jobs_of(named, shared.run.device))
+    compile_ahead(decode.jobs_of([named], shared.run.device), shared.run.device)
     result = decode.measure(named, shared.device, shared.run.device, shared.clock)
     errors = {trial.candidate: trial.error for trial in result.trials}
     entries = [

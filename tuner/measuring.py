@@ -9,6 +9,7 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Trial
+from tilewise.kernels.compilers import share_caches
 
 from .correctness import Checker
 from .limits import Limits
@@ -106,6 +107,7 @@ def _bench(room: Room, preparation: Preparation, limits: Limits) -> Bench:
         return _ready[1]
     room.enter("prepare", limits.prepare)
     _ready = None
+    share_caches()
     preparation.setup()
     device = torch.device(preparation.device)
     torch.set_num_threads(preparation.threads)
