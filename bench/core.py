@@ -208,10 +208,10 @@ def _vet(
             ranks[Job(cell.problem, candidate)] = rank
     ranks = {job: rank for job, rank in ranks.items() if _supported(job, this)}
     jobs = sorted(ranks, key=ranks.__getitem__)
-    limits = {"workers": options.workers, "seconds": AHEAD_SHARE * options.seconds}
+    workers, seconds = options.workers, AHEAD_SHARE * options.seconds
     with ThreadPoolExecutor(1) as beside:
-        compiling = beside.submit(ahead.compile_ahead, compiled, this.device, **limits)
-        found = vet(jobs, device, **limits)
+        compiling = beside.submit(ahead.compile_ahead, compiled, this.device, workers=workers, seconds=seconds)
+        found = vet(jobs, device, workers=workers, seconds=seconds)
         failures = compiling.result()
     bad = {job: each for job, each in found.items() if each.outcome is not Outcome.OK}
     right, every = len(found) - len(bad) + len(compiled) - len(failures), len(found) + len(compiled)

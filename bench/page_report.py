@@ -113,8 +113,8 @@ def _versions(software: Software) -> str:
 
 
 def _how(report: PageReport) -> list[str]:
-    samples = sorted({cell.layer.samples for row in report.rows for cell in row.cells if cell.layer is not None})
-    counted = " or ".join(map(str, samples)) or "no"
+    cells = [cell for row in report.rows for cell in row.cells]
+    counted = _range([cell.layer.samples for cell in cells if cell.layer is not None])
     return [
         f"Times are milliseconds, mean ± standard deviation of {counted} rounds; a round calls every backend once, the "
         "cache cleared before each. Speed-ups are medians of the ratios within a round. Every cell was first "
@@ -126,11 +126,17 @@ def _how(report: PageReport) -> list[str]:
         "in brackets what it would need, and an MB is 2**20 bytes, as on the page this one is to be laid beside.",
         "- Most of a layer's time is its projections, which are the same for every backend. The ceiling is their time "
         "at the rate of a large matrix product in the same run, plus the fastest core; core is the share of the "
-        "attention core in auto's time.",
+        "attention core in auto's time. Cores alone are timed in "
+        f"{_range([cell.core.samples for cell in cells if cell.core is not None])} rounds.",
         "- A training step is forward and backward with the gradients of all weights. There are no biases, dropout or "
         f"positions, except DeepSeek's own. GroupedQueryAttention of DeepSeek V3 has 8 heads of keys, LatentAttention "
         f"a latent of hidden / {LATENT_SHARE}; DeepSeek's has ranks 1536 / 512 and heads of 128 + 64 / 128.",
     ]
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _verdict_table(found: Iterable[PageVerdict]) -> list[str]:
