@@ -174,7 +174,7 @@ def _ratio(trial: Trial) -> float:
 def table(results: Sequence[Result]) -> str:
     """Return a Markdown table, a line per problem and way, and what its columns are."""
     lines = [
-        "| problem | candidates | judged | regret, median | worst | different winners | spread, median | worst | bias |",
+        "| problem | candidates | judged | regret, median | worst | winners | spread, median | worst | bias |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
@@ -188,7 +188,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([
         *lines,
         "",
-        "Regret: by how much the chosen one is slower than the best, by the interleaved runs of the other repeats. "
+        "Winners: how many different ones were chosen. Regret: by how much the chosen one is slower than the best, by the interleaved runs of the other repeats. "
         "Spread: how far the ratio of two candidates differs between repeats; bias: how far its median in turn is from "
         "its median interleaved; both over all pairs.",
     ])  # fmt: skip
