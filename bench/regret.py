@@ -188,7 +188,8 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([
         *lines,
         "",
-        "Winners: how many different ones were chosen. Regret: by how much the chosen one is slower than the best, by the interleaved runs of the other repeats. "
+        "Winners: how many different ones were chosen. Regret: by how much the chosen one is slower than the best, by "
+        "the interleaved runs of the other repeats. "
         "Spread: how far the ratio of two candidates differs between repeats; bias: how far its median in turn is from "
         "its median interleaved; both over all pairs.",
     ])  # fmt: skip
