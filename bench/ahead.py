@@ -18,7 +18,7 @@ WORKERS = 16
 JOB_SECONDS = 150.0  # one that takes longer hangs
 
 
-def known(jobs: Iterable[Job]) -> list[Job]:
+def compilable(jobs: Iterable[Job]) -> list[Job]:
     """Return the distinct jobs whose backend can be compiled where it does not run."""
     return list(dict.fromkeys(job for job in jobs if job[1].backend in COMPILERS))
 
@@ -26,12 +26,12 @@ def known(jobs: Iterable[Job]) -> list[Job]:
 def compile_ahead(
     jobs: Iterable[Job], device: Device, *, workers: int | None = None, seconds: float | None = None
 ) -> list[str]:
-    """Compile what is `known` of `jobs` for `device` into the caches on disk; return what failed, a line each.
+    """Compile what is `compilable` of `jobs` for `device` into the caches on disk; return what failed, a line each.
 
     - workers: processes, by default one per core. They do not touch the device.
     - seconds: wall time after which what is left is left: whoever runs it compiles it, and meets a failure again.
     """
-    wanted = known(jobs)
+    wanted = compilable(jobs)
     until = None if seconds is None else time.monotonic() + seconds
     failed: list[str] = []
     processes = min(WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers

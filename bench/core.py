@@ -20,7 +20,6 @@ from tilewise.domain.errors import SettingsError, TuningError
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 from tilewise.domain.trial import Outcome, now
 from tilewise.kernels import device as devices
-from tilewise.kernels.ahead import COMPILERS
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.compilers import share_caches
 from tilewise.tuner.timing import clock_for
@@ -197,12 +196,13 @@ def _vet(
     compiled: list[ahead.Job] = []
     for cell in cells:
         if _is_decoding(cell.problem, this.device.kind):
+            compiled += decode.jobs_of([decode.Cell(name=cell.name, problem=cell.problem)], this.device)
             continue
         for candidate in rivals(cell.problem, options, this):
             job = Job(cell.problem, candidate, whole=True)
-            if candidate.backend in COMPILERS and _supported(job, this):
-                compiled.append((cell.problem, candidate))
-            elif _cached(candidate.backend):
+            without_device = ahead.compilable([(cell.problem, candidate)]) if _supported(job, this) else []
+            compiled += without_device
+            if not without_device and _cached(candidate.backend):
                 ranks[job] = -1
         for rank, candidate in enumerate(ours(cell.problem, known[cell.problem], options, this)):
             ranks[Job(cell.problem, candidate)] = rank

@@ -19,7 +19,7 @@ from tilewise.layers import session
 from tilewise.tuner.timing import clock_for
 
 from . import core_report
-from .ahead import compile_ahead, known
+from .ahead import compilable, compile_ahead
 from .core_answers import answers_of
 from .page_records import BACKENDS, PageRow
 from .page_report import PageReport, Spoilt, opened, write
@@ -183,7 +183,7 @@ def _wake(device: torch.device) -> None:
 def _compile_ahead(waiting: Sequence[Spec], shared: Shared, options: Options, tell: Tell) -> None:
     """Compile what the waiting rows will run, on all cores, where that is possible without running it."""
     start, limit = time.monotonic(), AHEAD_SHARE * options.seconds
-    jobs = known((spec.problem, candidate) for spec in waiting for candidate in candidates(spec, shared))
+    jobs = compilable((spec.problem, candidate) for spec in waiting for candidate in candidates(spec, shared))
     if not jobs:
         return
     failed = compile_ahead(jobs, shared.run.device, workers=options.workers, seconds=limit)
