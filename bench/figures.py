@@ -22,9 +22,10 @@ from tilewise.domain.device import DeviceKind
 from tilewise.domain.problem import Dtype
 
 from . import bars, landscape
-from .page_specs import Chosen, specs
+from .page_specs import SWEEPS, Chosen, specs
 
 RESULTS = Path("bench/results")
+ROW_SECONDS = "2.5"  # of a row of layers: calls of the plain form would else take most of the time
 GRACE = 10.0  # seconds that a command has to end by itself, beyond what it was told
 # Forward with and without warp specialisation, D=56, D=64, GQA, long, bias, backward, decode.
 LANDSCAPES = (
@@ -69,7 +70,7 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     """Return all steps in the order in which they are worth most; `card` names the files, `trinix` its folder."""
     forward = tuple(cell.problem.key for cell in _forward_cells())
     tunings = ("tilewise.bench.tunings", "--landscapes", str(landscape.FOLDER))
-    layers = [*TILEWISE, "bench", *(("--trinix", trinix) if trinix else ())]
+    layers = [*TILEWISE, "bench", "--row_seconds", ROW_SECONDS, *(("--trinix", trinix) if trinix else ())]
     found = [
         Step(
             "landscapes",
@@ -103,16 +104,23 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     for dtype, kept in (("float16", Dtype.FP16), ("bfloat16", Dtype.BF16)):
         cores = f"{card}_layer_cores_{dtype}"
         found += [
-            _kept("cores", (*TILEWISE, "bench", "core", *_problems(_cores(kept), "--only")), cores),
+            _kept("cores", (*TILEWISE, "bench", "core", *_problems(_cores(Chosen(dtype=kept)), "--only")), cores),
             _kept(
                 "layers",
                 (*layers, "--dtype", dtype, "--cores", str(RESULTS / f"{cores}.json")),
                 f"{card}_layers_{dtype}",
             ),
         ]
-    found.append(
-        _kept("sweeps", (*layers, "--dtype", "float16", "--sweep", "seq_len", "--sweep", "hidden"), f"{card}_sweeps")
-    )
+    swept, cores = Chosen(sweeps=tuple(SWEEPS)), f"{card}_sweep_cores"
+    few = ("--configs", "2", "--alternatives", "0")
+    found += [
+        _kept("sweeps", (*TILEWISE, "bench", "core", *_problems(_cores(swept), "--only"), *few), cores),
+        _kept(
+            "sweeps",
+            (*layers, "--dtype", "float16", *_problems(swept.sweeps, "--sweep"), "--cores", f"{RESULTS / cores}.json"),
+            f"{card}_sweeps",
+        ),
+    ]
     return tuple(found)
 
 
@@ -124,8 +132,8 @@ def _forward_cells() -> tuple[bars.Cell, ...]:
     return next(bar.cells for bar in bars.bars(DeviceKind.CUDA, Dtype.FP16) if bar.name == "forward")
 
 
-def _cores(dtype: Dtype) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(spec.problem.key for spec in specs(Chosen(dtype=dtype))))
+def _cores(chosen: Chosen) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(spec.problem.key for spec in specs(chosen)))
 
 
 def _problems(keys: Sequence[str], option: str = "--problem") -> tuple[str, ...]:
