@@ -5,6 +5,7 @@ The report is written after every row, and a later invocation adds to it.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,11 @@ def _row(spec: Spec, shared: Shared, report: PageReport) -> PageRow:
 
 
 def _wake(device: torch.device) -> None:
-    """Let autograd's thread meet the device: were its first call one of cuBLAS, torch would warn of that."""
+    """Let autograd's thread meet the device: were its first call one of cuBLAS, torch would warn of that.
+
+    What the CuTe DSL says of an argument that flash-attn-4 leaves at its default helps nobody either.
+    """
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")
     torch.zeros(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
 
 
