@@ -132,13 +132,11 @@ def test_compilation_needs_neither_device_nor_memory(tmp_path: Path, monkeypatch
     (line,) = ahead.compile_ahead([(problem, candidate), (problem, other)], small, workers=1)
     assert "OutOfResources" in line
     assert problem.key in line
-    assert ahead.compile_ahead([(problem, candidate)] * 2, H200, workers=1) == []
-    assert len(list(tmp_path.rglob("*.cubin"))) == 2
     # no time at all: the first that ends is the last
-    others = [Config.of(KERNEL, **{**config.as_dict(), "block_n": size}) for size in (16, 32)]
-    jobs = [(problem, Candidate.of(KERNEL, forward=each)) for each in others]
+    later = Candidate.of(KERNEL, forward=Config.of(KERNEL, **{**config.as_dict(), "block_n": 32}))
+    jobs = [(problem, candidate), (problem, candidate), (problem, later)]
     assert ahead.compile_ahead(jobs, H200, workers=1, seconds=0) == []
-    assert len(list(tmp_path.rglob("*decode.cubin"))) == 2
+    assert sorted(path.stem for path in tmp_path.rglob("*.cubin")) == ["attention_decode", "combine_splits"]
 
 
 def test_the_bandwidth_of_a_copy() -> None:
