@@ -7,6 +7,7 @@ cores, in processes of their own (`vet`). The report is written after every row,
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from tilewise.domain.errors import SettingsError, TuningError
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 from tilewise.domain.trial import Outcome, now
 from tilewise.kernels import device as devices
-from tilewise.kernels.ahead import compiles_ahead
 from tilewise.kernels.backends import backend_named
+from tilewise.kernels.compilers import share_caches
 from tilewise.tuner.timing import clock_for
 
-from . import decode
+from . import ahead, decode
 from .bars import Cell, bars, judge, named
 from .core_report import Report, opened, write
 from .core_row import MESSAGE_LIMIT, BrokenError, Options, Shared, Table, decoding, ours, rivals
@@ -62,6 +63,7 @@ def run(
     backend, and TuningError where a candidate spoilt the device: the same command then goes on without it.
     """
     start = time.monotonic()
+    share_caches()
     for name in options.backends:
         backend_named(name)
     described = devices.describe(device)
@@ -162,8 +164,8 @@ def _known(row: Row | None, standing: Candidate | None) -> tuple[Candidate, ...]
 
 
 def _cached(backend: str) -> bool:
-    """Whether what a peer compiles lies on disk afterwards, so that another process can do it."""
-    return backend == "flex" or compiles_ahead(backend)
+    """Whether what a peer compiles as it runs lies on disk afterwards, so that another process can do it."""
+    return backend == "flex"
 
 
 def _supported(job: Job, this: Run) -> bool:
@@ -182,22 +184,37 @@ def _found(row: Row) -> str:
 def _vet(
     cells: Sequence[Cell], known: Known, options: Options, device: torch.device, this: Run, tell: Tell
 ) -> dict[Job, Vetted]:
-    """Compile ahead: peers, which take longest, then ours, one of each problem before the next of any."""
+    """Compile ahead: peers, which take longest, then ours, one of each problem before the next of any.
+
+    What can be compiled where it does not run is not tried here, if it is not ours.
+    """
     start = time.monotonic()
     ranks: dict[Job, int] = {}
+    compiled: list[ahead.Job] = []
     for cell in cells:
         if _is_decoding(cell.problem, this.device.kind):
+            compiled += decode.jobs_of([decode.Cell(name=cell.name, problem=cell.problem)], this.device)
             continue
         for candidate in rivals(cell.problem, options, this):
-            if _cached(candidate.backend):
-                ranks[Job(cell.problem, candidate, whole=True)] = -1
+            job = Job(cell.problem, candidate, whole=True)
+            without_device = ahead.compilable([(cell.problem, candidate)]) if _supported(job, this) else []
+            compiled += without_device
+            if not without_device and _cached(candidate.backend):
+                ranks[job] = -1
         for rank, candidate in enumerate(ours(cell.problem, known[cell.problem], options, this)):
             ranks[Job(cell.problem, candidate)] = rank
     ranks = {job: rank for job, rank in ranks.items() if _supported(job, this)}
     jobs = sorted(ranks, key=ranks.__getitem__)
-    found = vet(jobs, device, workers=options.workers, seconds=AHEAD_SHARE * options.seconds)
+    workers, seconds = options.workers, AHEAD_SHARE * options.seconds
+    with ThreadPoolExecutor(1) as beside:
+        compiling = beside.submit(ahead.compile_ahead, compiled, this.device, workers=workers, seconds=seconds)
+        found = vet(jobs, device, workers=workers, seconds=seconds)
+        failures = compiling.result()
     bad = {job: each for job, each in found.items() if each.outcome is not Outcome.OK}
-    tell(f"compiled ahead: {len(found) - len(bad)} of {len(found)} in {time.monotonic() - start:.0f} s")
+    right, every = len(found) - len(bad) + len(compiled) - len(failures), len(found) + len(compiled)
+    tell(f"compiled ahead: {right} of {every} in {time.monotonic() - start:.0f} s")
+    for line in failures:
+        tell(f"  {line}")
     for job, each in list(bad.items())[:SHOWN_FAILURES]:
         tell(f"  {each.outcome}: {job.candidate} of {job.problem.key}: {each.message[:MESSAGE_LIMIT]}")
     if bad and len(bad) == len(found):

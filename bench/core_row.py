@@ -18,7 +18,6 @@ from tilewise.tuner.timing import SLOW, Clock, final
 from tilewise.tuner.trying import Bench
 
 from . import decode
-from .ahead import compile_ahead
 from .bars import OURS, Cell, judging, peers
 from .core_report import Broken
 from .peers import configs as peer_configs
@@ -238,7 +237,6 @@ def decoding(cell: Cell, shared: Shared, copy_gbps: float) -> Row:
     """Search and hold the final of a decoding problem as the benchmark of decoding does."""
     start = time.monotonic()
     named = decode.Cell(name=cell.name, problem=cell.problem)
-    compile_ahead(decode.jobs_of(named, shared.run.device))
     result = decode.measure(named, shared.device, shared.run.device, shared.clock)
     errors = {trial.candidate: trial.error for trial in result.trials}
     entries = [

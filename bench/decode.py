@@ -141,11 +141,38 @@ def with_splits(tile: Config, space: SearchSpace) -> list[Config]:
     return [config for config in found if config != tile and config in space]
 
 
-def jobs_of(cell: Cell, device: Device) -> list[Job]:
-    """Return every config that a cell may try, for compilation ahead."""
+def configs_of(cell: Cell, device: Device) -> list[Config]:
+    """Return every config that a cell may try."""
     space = _space(cell.problem, device)
     found = tiles(cell.problem, space)
-    return [(cell.problem, config) for tile in found for config in (tile, *with_splits(tile, space))]
+    return [config for tile in found for config in (tile, *with_splits(tile, space))]
+
+
+def jobs_of(chosen: Sequence[Cell], device: Device) -> list[Job]:
+    """Return what to compile ahead for all that the cells may try: each distinct kernel once."""
+    wanted: dict[object, Job] = {}
+    for cell in chosen:
+        for config in configs_of(cell, device):
+            job = (cell.problem, Candidate.of(KERNEL, forward=config))
+            wanted.setdefault(kernel_of(cell.problem, config), job)
+            wanted.setdefault(combination_of(cell.problem, config), job)
+    return list(dict.fromkeys(wanted.values()))
+
+
+def kernel_of(problem: Problem, config: Config) -> tuple[object, ...]:
+    """Return what tells compiled kernels apart: of the splits only whether there are any."""
+    tile = tuple(config[name] for name in ("block_n", "num_warps", "num_stages"))
+    return _kind(problem), tile, config["num_splits"] > 1
+
+
+def combination_of(problem: Problem, config: Config) -> tuple[object, ...]:
+    """Return what tells the second kernels apart."""
+    return _kind(problem), config["num_splits"]
+
+
+def _kind(problem: Problem) -> Problem:
+    """Return what a kernel knows of a problem: not its batch and lengths."""
+    return replace(problem, batch=1, heads=problem.heads // problem.kv_heads, kv_heads=1, kv_len=problem.q_len)
 
 
 class _Against(Bench):
@@ -275,7 +302,7 @@ def run(output: Path, chosen: Sequence[Cell]) -> Report:
     start = time.monotonic()
     device = devices.select("cuda")
     described = devices.describe(device)
-    failed = compile_ahead([job for cell in chosen for job in jobs_of(cell, described)])
+    failed = compile_ahead(jobs_of(chosen, described), described)
     print(f"compiled ahead in {time.monotonic() - start:.0f} s, {len(failed)} failed", flush=True)
     clock = clock_for(device)
     report = Report(

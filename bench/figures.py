@@ -22,9 +22,10 @@ from tilewise.domain.device import DeviceKind
 from tilewise.domain.problem import Dtype
 
 from . import bars, landscape
-from .page_specs import Chosen, specs
+from .page_specs import SWEEPS, Chosen, specs
 
 RESULTS = Path("bench/results")
+ROW_SECONDS = "2.5"  # of a row of layers: calls of the plain form would else take most of the time
 GRACE = 10.0  # seconds that a command has to end by itself, beyond what it was told
 # Forward with and without warp specialisation, D=56, D=64, GQA, long, bias, backward, decode.
 LANDSCAPES = (
@@ -37,6 +38,12 @@ LANDSCAPES = (
     ("triton", "triton_forward", "forward", "inference.fp16.b2.h16.kv16.q4096.k4096.d128.bias.b1"),
     ("triton", "triton_dq", "dq", "training.fp16.b1.h64.kv8.q4096.k4096.d128.causal"),
     ("triton_decode", "triton_decode", "forward", "inference.fp16.b32.h64.kv8.q1.k8192.d128"),
+)
+# in bench/results/h200_core.json candidates of several backends lie within 1.5% of the best
+CLOSE_RACES = (
+    "inference.fp16.b2.h128.kv128.q2048.k2048.d64.causal",
+    "inference.fp16.b1.h64.kv8.q4096.k4096.d128",
+    "inference.fp16.b1.h128.kv8.q2048.k2048.d128.causal",
 )
 TRAINED = (
     "training.fp16.b1.h64.kv8.q4096.k4096.d128.causal",
@@ -63,7 +70,7 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     """Return all steps in the order in which they are worth most; `card` names the files, `trinix` its folder."""
     forward = tuple(cell.problem.key for cell in _forward_cells())
     tunings = ("tilewise.bench.tunings", "--landscapes", str(landscape.FOLDER))
-    layers = [*TILEWISE, "bench", *(("--trinix", trinix) if trinix else ())]
+    layers = [*TILEWISE, "bench", "--row_seconds", ROW_SECONDS, *(("--trinix", trinix) if trinix else ())]
     found = [
         Step(
             "landscapes",
@@ -90,23 +97,30 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
         _kept("five", (*tunings, *_problems(forward[4:5]), "--repeats", "5"), f"{card}_five_tunings"),
         Step(
             "regret",
-            ("tilewise.bench.regret", *_problems(forward[4:7:2]), *_output(f"{card}_regret")),
+            ("tilewise.bench.regret", *_problems(CLOSE_RACES), *_output(f"{card}_regret")),
             (RESULTS / f"{card}_regret.json").exists,
         ),
     ]
     for dtype, kept in (("float16", Dtype.FP16), ("bfloat16", Dtype.BF16)):
         cores = f"{card}_layer_cores_{dtype}"
         found += [
-            _kept("cores", (*TILEWISE, "bench", "core", *_problems(_cores(kept), "--only")), cores),
+            _kept("cores", (*TILEWISE, "bench", "core", *_problems(_cores(Chosen(dtype=kept)), "--only")), cores),
             _kept(
                 "layers",
                 (*layers, "--dtype", dtype, "--cores", str(RESULTS / f"{cores}.json")),
                 f"{card}_layers_{dtype}",
             ),
         ]
-    found.append(
-        _kept("sweeps", (*layers, "--dtype", "float16", "--sweep", "seq_len", "--sweep", "hidden"), f"{card}_sweeps")
-    )
+    swept, cores = Chosen(sweeps=tuple(SWEEPS)), f"{card}_sweep_cores"
+    few = ("--configs", "2", "--alternatives", "0")
+    found += [
+        _kept("sweeps", (*TILEWISE, "bench", "core", *_problems(_cores(swept), "--only"), *few), cores),
+        _kept(
+            "sweeps",
+            (*layers, "--dtype", "float16", *_problems(swept.sweeps, "--sweep"), "--cores", f"{RESULTS / cores}.json"),
+            f"{card}_sweeps",
+        ),
+    ]
     return tuple(found)
 
 
@@ -118,8 +132,8 @@ def _forward_cells() -> tuple[bars.Cell, ...]:
     return next(bar.cells for bar in bars.bars(DeviceKind.CUDA, Dtype.FP16) if bar.name == "forward")
 
 
-def _cores(dtype: Dtype) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(spec.problem.key for spec in specs(Chosen(dtype=dtype))))
+def _cores(chosen: Chosen) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(spec.problem.key for spec in specs(chosen)))
 
 
 def _problems(keys: Sequence[str], option: str = "--problem") -> tuple[str, ...]:

@@ -5,7 +5,8 @@ The report is written after every row, and a later invocation adds to it.
 """
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,32 @@ import torch
 from tilewise.domain.errors import SettingsError, TuningError
 from tilewise.domain.trial import now
 from tilewise.kernels import device as devices
+from tilewise.kernels.compilers import share_caches
 from tilewise.layers import session
 from tilewise.tuner.timing import clock_for
 
 from . import core_report
+from .ahead import compilable, compile_ahead
 from .core_answers import answers_of
 from .page_records import BACKENDS, PageRow
 from .page_report import PageReport, Spoilt, opened, write
-from .page_row import MESSAGE_LIMIT, Shared, SpoiltError, free_bytes, gib, measure, needed_bytes, without_room
+from .page_row import (
+    MESSAGE_LIMIT,
+    Shared,
+    SpoiltError,
+    candidates,
+    free_bytes,
+    gib,
+    measure,
+    needed_bytes,
+    without_room,
+)
 from .page_specs import Chosen, Spec, specs
 from .records import Run
 from .rows import measure_each
 from .trinix_layers import TRINIX, Trinix
+
+AHEAD_SHARE = 0.5  # of the soft limit, at most, for compiling ahead
 
 Tell = Callable[[str], None]
 
@@ -36,7 +51,9 @@ class Options:
 
     - backends: columns, empty for all of ours; those of trinix come with `trinix`, the folder of its wheel.
     - num_runs, warmup: rounds that are timed, and rounds before; every round calls every step once.
+    - row_seconds: of the timed rounds of a row's layers: fewer rounds than num_runs, but not fewer than 30.
     - seconds: soft limit of wall time: no row starts that would probably pass it.
+    - workers: processes that compile ahead what can be compiled without running it; 0 for none.
     - again: measure rows that the report has already.
     - cores: a report of `tilewise bench core`, whose finals are the answers of this run.
     """
@@ -45,7 +62,9 @@ class Options:
     backends: tuple[str, ...] = ()
     num_runs: int = 100
     warmup: int = 10
+    row_seconds: float | None = None
     seconds: float = 540.0
+    workers: int = 0
     again: bool = False
     trinix: Path | None = None
     cores: Path | None = None
@@ -68,6 +87,7 @@ def run(options: Options, device: torch.device, output: Path, *, command: str, t
     goes on without it.
     """
     start = time.monotonic()
+    share_caches()
     wanted, columns = specs(options.chosen), _columns(options)
     described = devices.describe(device)
     this = Run(
@@ -88,16 +108,21 @@ def run(options: Options, device: torch.device, output: Path, *, command: str, t
         backends=columns,
         num_runs=options.num_runs,
         warmup=options.warmup,
+        row_seconds=options.row_seconds,
         trinix=None if options.trinix is None else Trinix(options.trinix),
     )
     waiting = [spec for spec in wanted if options.again or not _stands(report.row(spec), this, columns)]
     tell(f"{len(waiting)} of {len(wanted)} rows to measure on {described.name}")
+    if device.type == "cuda":
+        _wake(device)
+    if options.workers:
+        _compile_ahead(waiting, shared, options, tell)
 
     def keep(row: PageRow) -> str:
         nonlocal report
         report = report.with_row(row)
         write(report, output)
-        return f"{_found(row)}; {row.seconds:.0f} s, {time.monotonic() - start:.0f} s in all"
+        return f"{_found(row)}; {_seconds(row)}, {time.monotonic() - start:.0f} s in all"
 
     try:
         failed, left = measure_each(
@@ -149,6 +174,33 @@ def _row(spec: Spec, shared: Shared, report: PageReport) -> PageRow:
         return measure(spec, shared, spoilt)
     except torch.OutOfMemoryError as error:
         return without_room(spec, shared, str(error).partition("\n")[0][:MESSAGE_LIMIT], needed)
+
+
+def _wake(device: torch.device) -> None:
+    """Let autograd's thread meet the device: were its first call one of cuBLAS, torch would warn of that.
+
+    What the CuTe DSL says of an argument that flash-attn-4 leaves at its default helps nobody either.
+    """
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")
+    torch.zeros(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _compile_ahead(waiting: Sequence[Spec], shared: Shared, options: Options, tell: Tell) -> None:
+    """Compile what the waiting rows will run, on all cores, where that is possible without running it."""
+    start, limit = time.monotonic(), AHEAD_SHARE * options.seconds
+    jobs = compilable((spec.problem, candidate) for spec in waiting for candidate in candidates(spec, shared))
+    if not jobs:
+        return
+    failed = compile_ahead(jobs, shared.run.device, workers=options.workers, seconds=limit)
+    tell(f"compiled ahead: {len(jobs) - len(failed)} of {len(jobs)} in {time.monotonic() - start:.0f} s")
+    for line in failed:
+        tell(f"  {line[:MESSAGE_LIMIT]}")
+
+
+def _seconds(row: PageRow) -> str:
+    spent = row.spent
+    parts = "" if spent is None else f" (checks {spent.checks:.1f}, layers {spent.layers:.1f}, cores {spent.cores:.1f})"
+    return f"{row.seconds:.1f} s{parts}"
 
 
 def _stands(row: PageRow | None, this: Run, columns: tuple[str, ...]) -> bool:

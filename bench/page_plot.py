@@ -18,6 +18,7 @@ LOOKS = {
     "trinix_pytorch": ("#999999", "P", ""), "trinix_triton": ("#CC79A7", "X", "\\\\"),
 }  # fmt: skip
 DOTS_PER_INCH = 120
+SWEPT = {"seq_len": "sequence length", "hidden": "hidden size"}
 SHORT = {"mha": "MHA", "self": "Self", "gqa": "GQA", "mqa": "MQA", "latent": "Latent", "mla": "DeepSeek's"}
 
 
@@ -39,7 +40,8 @@ def draw(report: PageReport, path: Path) -> list[Path]:
 
 def _bars(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
     """Return a panel per table: the time of every layer and backend as a share of the plain form's."""
-    drawn = Figure(figsize=(12, 3.4 * len(groups) + 1), dpi=DOTS_PER_INCH, layout="constrained")
+    width = min(12.0, 6 + 0.6 * max(map(len, groups)))  # few rows are no wide bars
+    drawn = Figure(figsize=(width, 3.4 * len(groups) + 1), dpi=DOTS_PER_INCH, layout="constrained")
     panels = drawn.subplots(len(groups), 1, squeeze=False)[:, 0]
     for panel, rows in zip(panels, groups, strict=True):
         names = [name for name in columns_of(rows) if name != BASELINE and any(row.timing(name) for row in rows)]
@@ -103,7 +105,7 @@ def _curves(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
         speeds.set_ylabel("times PyTorch's speed")
         speeds.set_ylim(bottom=0)
         _memory(memory, sweep, rows)
-    drawn.suptitle(f"By {sweep} on {device}", x=0.01, ha="left", fontweight="bold")
+    drawn.suptitle(f"By {SWEPT[sweep]} on {device}", x=0.01, ha="left", fontweight="bold")
     _legend(drawn, panels.flat)
     return drawn
 
@@ -141,9 +143,11 @@ def _memory(panel: Axes, sweep: str, rows: Sequence[PageRow]) -> None:
         panel.plot(*zip(*missing, strict=True), "o", markersize=9, markerfacecolor="white", color="black",
                    label="does not fit: what it would need")  # fmt: skip
     if sizes:
-        panel.set_yscale("log")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter(lambda size, _: f"{size:g}")
     else:
         panel.text(0.5, 0.5, "this device does not tell", ha="center", transform=panel.transAxes)
+    panel.set_title("memory", loc="left", fontsize=9)
     panel.set_ylabel("peak memory, GiB")
 
 
@@ -155,5 +159,5 @@ def _lines(panel: Axes, sweep: str, curves: Curves) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, [str(size) for size in ticks], fontsize=8)
     panel.minorticks_off()
-    panel.set_xlabel(sweep)
+    panel.set_xlabel(SWEPT[sweep])
     panel.spines[["top", "right"]].set_visible(False)

@@ -77,6 +77,15 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Seconds of a row: until all cells were checked, with what compiles at its first call, for layers, for cores."""
+
+    checks: float
+    layers: float
+    cores: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PageRow:
     """All cells of a spec, measured in one run.
 
@@ -93,6 +102,7 @@ class PageRow:
     core_matmul_tflops: float
     seconds: float
     run: Run
+    spent: Spent | None = None
 
     def cell(self, backend: str) -> Cell | None:
         return next((cell for cell in self.cells if cell.backend == backend), None)

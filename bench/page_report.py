@@ -1,10 +1,14 @@
 """The report of `tilewise bench`: one JSON document that invocations add rows to, and a Markdown page of it."""
 
+import re
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from tilewise.domain.answer import Match
 from tilewise.domain.device import Device
 from tilewise.domain.models import MODELS
 from tilewise.domain.problem import Pass
@@ -12,10 +16,11 @@ from tilewise.domain.software import Software
 from tilewise.domain.trial import Outcome, now
 
 from . import report_file
-from .page_records import BACKENDS, BASELINE, Cell, PageRow
+from .page_records import BACKENDS, BASELINE, Cell, PageRow, Spent
 from .page_specs import LATENT_SHARE, LAYERS, Spec
 from .page_verdicts import PageVerdict, verdicts
 from .records import Run
+from .trinix_layers import TRINIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ def page(report: PageReport) -> str:
         *_how(report),
     ]
     if report.verdicts:
-        lines += ["", "## What it comes to", "", *_verdict_table(report.verdicts)]
+        lines += ["", "## What it comes to", "", *_verdict_table(report.verdicts), *_unanswered(report.rows)]
     for rows in groups_of(report.rows):
         lines += ["", *_section(rows)]
     for rows in sweeps_of(report.rows):
@@ -113,8 +118,8 @@ def _versions(software: Software) -> str:
 
 
 def _how(report: PageReport) -> list[str]:
-    samples = sorted({cell.layer.samples for row in report.rows for cell in row.cells if cell.layer is not None})
-    counted = " or ".join(map(str, samples)) or "no"
+    cells = [cell for row in report.rows for cell in row.cells]
+    counted = _range([cell.layer.samples for cell in cells if cell.layer is not None])
     return [
         f"Times are milliseconds, mean ± standard deviation of {counted} rounds; a round calls every backend once, the "
         "cache cleared before each. Speed-ups are medians of the ratios within a round. Every cell was first "
@@ -126,17 +131,50 @@ def _how(report: PageReport) -> list[str]:
         "in brackets what it would need, and an MB is 2**20 bytes, as on the page this one is to be laid beside.",
         "- Most of a layer's time is its projections, which are the same for every backend. The ceiling is their time "
         "at the rate of a large matrix product in the same run, plus the fastest core; core is the share of the "
-        "attention core in auto's time.",
+        "attention core in auto's time. Cores alone are timed in "
+        f"{_range([cell.core.samples for cell in cells if cell.core is not None])} rounds.",
         "- A training step is forward and backward with the gradients of all weights. There are no biases, dropout or "
         f"positions, except DeepSeek's own. GroupedQueryAttention of DeepSeek V3 has 8 heads of keys, LatentAttention "
         f"a latent of hidden / {LATENT_SHARE}; DeepSeek's has ranks 1536 / 512 and heads of 128 + 64 / 128.",
+        *_spent([row.spent for row in report.rows if row.spent is not None]),
     ]
 
 
+def _spent(rows: Sequence[Spent]) -> list[str]:
+    """Return where a row's seconds go, by medians."""
+    if not rows:
+        return []
+    checks, layers, cores = (
+        statistics.median(getattr(each, name) for each in rows) for name in ("checks", "layers", "cores")
+    )
+    return [
+        f"- A row takes about {checks + layers + cores:.0f} s: {checks:.1f} for the checks, with what compiles then, "
+        f"{layers:.1f} to time the layers and {cores:.1f} the cores."
+    ]
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _verdict_table(found: Iterable[PageVerdict]) -> list[str]:
-    lines = [_line(("claim", "found", "wanted", "", "worst row")), _line(["---"] * 5)]
+    lines = [_line(("claim", "found", "wanted", "verdict", "worst row")), _line(["---"] * 5)]
     words = {True: "met", False: "not met", None: "open"}
     return lines + [_line((each.claim, each.found, each.wanted, words[each.met], each.worst)) for each in found]
+
+
+def _unanswered(rows: Sequence[PageRow]) -> list[str]:
+    """Say in how many rows auto had nothing to choose by."""
+    ran = [cell.ran for row in rows if (cell := row.cell("auto")) is not None]
+    without = sum(each.endswith(f"({Match.DEFAULT})") for each in ran)
+    if not without:
+        return []
+    return [
+        "",
+        f"In {without} of {len(ran)} rows nothing was known of the core, and auto ran torch's own choice: give it "
+        "answers with `--cores`, or tune.",
+    ]
 
 
 def groups_of(rows: Sequence[PageRow]) -> list[list[PageRow]]:
@@ -165,7 +203,8 @@ def title_of(spec: Spec) -> str:
 def _section(rows: list[PageRow]) -> list[str]:
     columns = columns_of(rows)
     heads = ["model", "hidden, heads, kv heads, seq, batch", "layer", *(f"{BACKENDS[name]} ms" for name in columns)]
-    heads += ["best", "auto", "memory MB, PyTorch", "memory MB, auto", "core", "ceiling ms", "of ceiling"]
+    heads += ["best", "auto's speed-up", "memory MB, PyTorch", "memory MB, auto", "core's share", "ceiling ms"]
+    heads += ["auto of it"]
     title = title_of(rows[0].spec)
     lines = [f"## {title[0].upper()}{title[1:]}", "", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
@@ -178,7 +217,24 @@ def _section(rows: list[PageRow]) -> list[str]:
                 _percent(row.core_share), "-" if ceiling is None else f"{ceiling:.3f}", _percent(row.of_ceiling),
             ])
         )  # fmt: skip
-    return [*lines, "", *_cores(rows, columns)]
+    return [*lines, "", *_summary(rows), *_cores(rows, columns)]
+
+
+def _summary(rows: Sequence[PageRow]) -> list[str]:
+    """Return the page's own three figures: the average speed-up, the best, and which backend is fastest."""
+    ours = [name for name in BACKENDS if name not in TRINIX]
+    found = {row.spec: (name, value) for row in rows if (name := row.fastest(ours)) and (value := row.speedup(name))}
+    autos = [value for row in rows if (value := row.speedup("auto")) is not None]
+    if not found or not autos:
+        return []
+    spec, (name, most) = max(found.items(), key=lambda each: each[1][1])
+    wins = Counter(name for name, _ in found.values()).most_common()
+    return [
+        f"Over PyTorch: auto {sum(autos) / len(autos):.2f}x on average, {max(autos):.2f}x at best; the most is "
+        f"{most:.2f}x ({BACKENDS[name]}, {spec.model} {LAYERS[spec.layer]}). Fastest are "
+        f"{', '.join(f'{BACKENDS[each]} in {number}' for each, number in wins)} of {len(found)} rows.",
+        "",
+    ]
 
 
 def _cores(rows: list[PageRow], columns: Sequence[str]) -> list[str]:
@@ -187,7 +243,7 @@ def _cores(rows: list[PageRow], columns: Sequence[str]) -> list[str]:
     if not kept:
         return []
     heads = ["model", "layer", *(f"{BACKENDS[name]} ms" for name in kept)]
-    heads += ["auto's core", "core TFLOP/s", "matmul TFLOP/s", "of it", "auto runs"]
+    heads += ["auto's core, speed-up", "auto's core TFLOP/s", "matmul TFLOP/s", "core of matmul", "auto runs"]
     lines = [f"Medians of the whole layer / of the attention core alone; {title_of(rows[0].spec)}:", "", _line(heads)]
     lines.append(_line(["---"] * len(heads)))
     for row in rows:
@@ -249,16 +305,18 @@ def memory_savings(row: PageRow) -> float | None:
 
 def _refused(rows: Iterable[PageRow]) -> list[str]:
     """Return what was not timed: a line for all rows of a backend with the same reason but for its figures."""
-    alike: dict[tuple[str, str, str], list[str]] = {}
+    alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for row in rows:
         for cell in row.cells:
             if cell.outcome is not Outcome.OK:
-                alike.setdefault((cell.backend, str(cell.outcome), cell.message), []).append(row.spec.name)
+                kind = re.sub(r"\S*\d\S*", "#", cell.message)
+                alike.setdefault((cell.backend, str(cell.outcome), kind), []).append((cell.message, row.spec.name))
     if not alike:
         return []
     lines = ["## Not timed", "", _line(["backend", "outcome", "reason", "rows"]), _line(["---"] * 4)]
-    for (backend, outcome, message), names in alike.items():
-        which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    for (backend, outcome, _), found in alike.items():
+        message, name = found[0]
+        which = name if len(found) == 1 else f"{name} and {len(found) - 1} more"
         lines.append(_line([BACKENDS[backend], outcome, message.replace("|", "\\|"), which]))
     return lines
 
@@ -276,7 +334,7 @@ def _time(cell: Cell | None) -> str:
 
 
 def _best(row: PageRow) -> str:
-    name = row.fastest([name for name in BACKENDS if not name.startswith("trinix")])
+    name = row.fastest([name for name in BACKENDS if name not in TRINIX])
     return "-" if name is None else f"{BACKENDS[name]} {_times(row.speedup(name))}"
 
 

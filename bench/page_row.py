@@ -1,6 +1,8 @@
 """One row of the benchmark page: every backend checked against float64, then all timed together, layer and core."""
 
+import contextlib
 import copy
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,12 +30,14 @@ from tilewise.tuner.trying import classify
 
 from . import baseline
 from .core_row import usable
-from .page_records import BASELINE, Cell, PageRow, Timing
+from .page_records import BASELINE, Cell, PageRow, Spent, Timing
 from .page_specs import Spec
 from .records import Run
 from .trinix_layers import TRINIX, Trinix
 
 MESSAGE_LIMIT = 300
+CORE_ROUNDS = 30  # at most: without projections little moves their times
+LEAST_ROUNDS = 30  # of a row whose time is limited
 MATMUL = "matmul"
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 Tensors = dict[str, torch.Tensor]
@@ -42,7 +46,7 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What all rows of an invocation have in common."""
+    """What all rows of an invocation have in common; `row_seconds`: see `page.Options`."""
 
     device: torch.device
     run: Run
@@ -50,6 +54,7 @@ class Shared:
     backends: tuple[str, ...]
     num_runs: int
     warmup: int
+    row_seconds: float | None = None
     trinix: Trinix | None = None
 
 
@@ -83,10 +88,13 @@ def measure(spec: Spec, shared: Shared, spoilt: Mapping[str, str]) -> PageRow:
             cells[name] = replace(cells[name], peak_bytes=peak + subject.resident_bytes)
         _give_back(shared.device)
     product = _product(spec, shared.device)
+    checked = time.monotonic()
     times = _interleaved({**layers, MATMUL: product}, shared)
+    timed = time.monotonic()
     # another library's layer has no core that could be called alone
     cores = {name: subject.core_step(twin) for name, twin in right.items() if isinstance(twin, FastAttention)}
-    core_times = _interleaved({**cores, MATMUL: product}, shared)
+    core_times = _interleaved({**cores, MATMUL: product}, shared, cores=True)
+    end = time.monotonic()
     against = BASELINE if BASELINE in right else next(iter(right), MATMUL)
     for name in right:
         core = Timing.of(core_times[name], core_times[against]) if name in cores else None
@@ -98,8 +106,9 @@ def measure(spec: Spec, shared: Shared, spoilt: Mapping[str, str]) -> PageRow:
         projection_flops=subject.projection_flops,
         matmul_tflops=_rate(shared.device, times[MATMUL]),
         core_matmul_tflops=_rate(shared.device, core_times[MATMUL]),
-        seconds=time.monotonic() - start,
+        seconds=end - start,
         run=shared.run,
+        spent=Spent(checks=checked - start, layers=timed - checked, cores=end - timed),
     )
 
 
@@ -288,7 +297,6 @@ def _checked(subject: Subject, name: str, bounds: dict[str, Bound], shared: Shar
 
 def _twin(subject: Subject, name: str, shared: Shared) -> tuple[torch.nn.Module, str]:
     """Return the layer of a column and what it runs. Raises UnsupportedError for one that cannot be here."""
-    problem, described = subject.spec.problem, shared.run.device
     if name in TRINIX:
         if shared.trinix is None:
             raise UnsupportedError("name the folder of its wheel with --trinix")
@@ -300,24 +308,42 @@ def _twin(subject: Subject, name: str, shared: Shared) -> tuple[torch.nn.Module,
             return baseline.attend(placed.query, placed.key, value, scale=scale, causal=causal), None
 
         return subject.with_core(subject.layer, core), "bench/baseline.py"
-    if name == "auto":
-        answer = session.answer(problem, shared.device)
-        return subject.twin("auto"), f"{answer.plan.forward} ({answer.match})"
+    candidate = _candidate(name, subject.spec.problem, shared)
+    if name in ("auto", "flash"):  # as a user would say it; the layer looks the rest up
+        match = session.answer(subject.spec.problem, shared.device).match
+        return subject.twin(name), f"{candidate} ({match})" if name == "auto" else str(candidate)
+    return subject.twin(candidate), str(candidate)
+
+
+def candidates(spec: Spec, shared: Shared) -> list[Candidate]:
+    """Return what the columns of a row run, apart from the plain form and other libraries."""
+    found = []
+    for name in shared.backends:
+        if name != BASELINE and name not in TRINIX:
+            with contextlib.suppress(UnsupportedError):
+                found.append(_candidate(name, spec.problem, shared))
+    return found
+
+
+def _candidate(name: str, problem: Problem, shared: Shared) -> Candidate:
+    """Return what a column runs. Raises UnsupportedError for Triton where it cannot, or nothing of it is tuned."""
     if name == "sdpa":
-        return subject.twin(Candidate("sdpa")), "sdpa"
+        return Candidate("sdpa")
+    answer, described = session.answer(problem, shared.device), shared.run.device
+    if name == "auto":
+        return answer.plan.forward
     if name == "flash":
-        return subject.twin("flash"), member(KERNEL_TYPES["flash"], problem, described)
+        return best_known(answer, member(KERNEL_TYPES["flash"], problem, described))
     triton = backend_named("triton")
     reason = triton.supports(problem, described)
     if reason is not None:
         raise UnsupportedError(reason)
     if name == "triton_default":
-        candidate = triton.default(problem, described)
-    else:
-        candidate = best_known(session.answer(problem, shared.device), "triton")
-        if not candidate.configs:
-            raise UnsupportedError(f"nothing tuned is known of it: tilewise tune --problem {problem.key}")
-    return subject.twin(candidate), str(candidate)
+        return triton.default(problem, described)
+    candidate = best_known(answer, "triton")
+    if not candidate.configs:
+        raise UnsupportedError(f"nothing tuned is known of it: tilewise tune --problem {problem.key}")
+    return candidate
 
 
 def _plain_needs(subject: Subject) -> int:
@@ -360,11 +386,19 @@ def _rate(device: torch.device, times: list[float]) -> float:
     return 2 * MATMUL_SIZE[device.type] ** 3 / sorted(times)[len(times) // 2] / 1e9
 
 
-def _interleaved(steps: dict[str, Step], shared: Shared) -> dict[str, list[float]]:
-    order = list(steps.values())
-    shared.clock.settle(order)
-    shared.clock.interleave(order, shared.warmup)
-    return dict(zip(steps, shared.clock.interleave(order, shared.num_runs), strict=True))
+def _interleaved(steps: dict[str, Step], shared: Shared, *, cores: bool = False) -> dict[str, list[float]]:
+    """Return the times of each step. Cores come right after the layers, whose power state has settled."""
+    order, clock, wanted = list(steps.values()), shared.clock, shared.num_runs
+    if cores:
+        wanted = min(wanted, CORE_ROUNDS)
+    else:
+        clock.settle(order)
+    warm = clock.interleave(order, shared.warmup)
+    if shared.row_seconds is not None and not cores:
+        warm = warm if shared.warmup else clock.interleave(order, 1)
+        once = sum(statistics.median(times) for times in warm) / 1e3
+        wanted = min(wanted, max(LEAST_ROUNDS, int(shared.row_seconds / once)))
+    return dict(zip(steps, clock.interleave(order, wanted), strict=True))
 
 
 def _give_back(device: torch.device) -> None:

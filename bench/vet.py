@@ -9,8 +9,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -20,6 +19,7 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Outcome
+from tilewise.kernels.compilers import share_caches
 from tilewise.kernels.inputs import random_call
 from tilewise.tuner.correctness import Checker, poisoned_empty
 from tilewise.tuner.steps import results
@@ -103,16 +103,15 @@ def vet(
     done: dict[Job, Vetted] = {}
     pool = [_Worker(device, task, job_seconds) for _ in range(min(workers, len(jobs)))]
     try:
-        with _one_compiler_each():
-            while time.monotonic() < until:
-                for worker in pool:
-                    if waiting and worker.job is None:
-                        worker.start(waiting.popleft())
-                busy = {worker: worker.job for worker in pool if worker.job is not None}
-                if not busy:
-                    break
-                wait([worker.connection for worker in busy], timeout=0.2)
-                done.update((job, found) for worker, job in busy.items() if (found := worker.poll()) is not None)
+        while time.monotonic() < until:
+            for worker in pool:
+                if waiting and worker.job is None:
+                    worker.start(waiting.popleft())
+            busy = {worker: worker.job for worker in pool if worker.job is not None}
+            if not busy:
+                break
+            wait([worker.connection for worker in busy], timeout=0.2)
+            done.update((job, found) for worker, job in busy.items() if (found := worker.poll()) is not None)
     finally:
         for worker in pool:
             worker.stop()
@@ -177,23 +176,10 @@ def _serve(connection: Connection, device: torch.device, task: Task) -> None:
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)
+    share_caches()
     while True:
         try:
             job: Job = connection.recv()
         except EOFError:
             return
         connection.send(task(job, device))
-
-
-@contextmanager
-def _one_compiler_each() -> Iterator[None]:
-    """Within, processes that start have inductor compile in themselves: the pool has a process per core already."""
-    name = "TORCHINDUCTOR_COMPILE_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before

@@ -10,6 +10,7 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Trial
 from tilewise.kernels.backends import backend_named
+from tilewise.kernels.compilers import share_caches
 
 from .correctness import Checker
 from .limits import Limits
@@ -143,6 +144,7 @@ def _bench(room: Room, preparation: Preparation, limits: Limits) -> Bench:
     else:
         room.enter("prepare", limits.prepare)
         _ready = None
+        share_caches()
         preparation.setup()
         device = torch.device(preparation.device)
         torch.set_num_threads(preparation.threads)

@@ -1,6 +1,7 @@
 """tilewise bench without a subcommand: the page of layers."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
 
 RESULTS = Path("bench/results")
 MANY = ("--models", "--layers", "--backends", "--pass", "--sweep")  # take several values behind one name
-UNTOLD = ("output", "as_json", "seconds", "render", "print_cores")  # options that change nothing in what is measured
+UNTOLD = (
+    "output",
+    "as_json",
+    "seconds",
+    "workers",
+    "render",
+    "print_cores",
+)  # options that change nothing in what is measured
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -55,6 +63,10 @@ def page(
     ] = "",
     num_runs: Annotated[int, typer.Option("--num_runs", min=1, help="Rounds that are timed.")] = 100,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before.")] = 10,
+    row_seconds: Annotated[
+        float | None,
+        typer.Option("--row_seconds", min=0, help="For the timed rounds of a row: fewer, but at least 30."),
+    ] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="seq_len or hidden: rows of growing size instead of the table.")
     ] = None,
@@ -65,6 +77,9 @@ def page(
     heads: Annotated[int | None, typer.Option(min=1, help="Instead of the models' own.")] = None,
     device: DeviceName = "auto",
     seconds: Annotated[float, typer.Option(min=1, help="Start no row that would probably pass this.")] = 540.0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that compile ahead; by default one per core, none on a CPU.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure rows again that the report has already.")] = False,
     cores: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="A report of `tilewise bench core`: this run's answers.")
@@ -135,13 +150,16 @@ def page(
         for key in dict.fromkeys(spec.problem.key for spec in specs(chosen)):
             out.print(key, markup=False)
         return
+    processes = len(os.sched_getaffinity(0)) if where.type == "cuda" else 0
     target = output or RESULTS / f"layers_{devices.describe(where).key}.json"
     options = benchmark.Options(
         chosen=chosen,
         backends=tuple(backends or ()),
         num_runs=num_runs,
         warmup=warmup,
+        row_seconds=row_seconds,
         seconds=seconds,
+        workers=processes if workers is None else workers,
         again=again,
         trinix=trinix,
         cores=cores,

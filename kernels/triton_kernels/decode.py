@@ -11,8 +11,6 @@ causal diagonal or the left border of the window do. Names: p_ pointer, b_ block
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -270,13 +268,11 @@ def launch(
     num_splits: int,
     num_warps: int,
     num_stages: int,
-    compile_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernels; return the result (B, Q, H, Dv) and the LSE (B, H, Q).
 
     - query (B, Q, H, D), key and value (B, kv_len, Hkv, D or Dv), or (pages, page_size, Hkv, D or Dv) with a
       block_table (B, max_pages); kv_lengths (B,) or None for kv_len keys in every row. Any strides.
-    - compile_only: compile for these arguments and launch nothing; tensors may be on the device "meta".
     """
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     batch, q_len, heads, head_dim = query.shape
@@ -298,7 +294,7 @@ def launch(
     wide = 16 // key.element_size()
     aligned = not any(stride % wide for stride in (*key.stride()[:3], *value.stride()[:3]))
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever the tensors are on
-        _start(attention_decode, batch * kv_heads * num_splits, compile_only)(
+        attention_decode[(batch * kv_heads * num_splits,)](
             query,
             key,
             value,
@@ -339,7 +335,7 @@ def launch(
         )
         if num_splits > 1:
             block_s = min(16, triton.next_power_of_2(num_splits))
-            _start(combine_splits, batch * kv_heads * rows, compile_only)(
+            combine_splits[(batch * kv_heads * rows,)](
                 part_out,
                 part_lse,
                 out,
@@ -355,10 +351,3 @@ def launch(
                 num_warps=max(1, min(4, block_s * block_dv // 512)),
             )
     return out, lse
-
-
-def _start(kernel: Any, programs: int, compile_only: bool) -> Callable[..., object]:
-    if not compile_only:
-        started: Callable[..., object] = kernel[(programs,)]
-        return started
-    return lambda *values, **options: kernel.warmup(*values, grid=(programs,), **options)

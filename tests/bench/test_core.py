@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.patches import Rectangle
 
-from tilewise.bench import bars, core, core_plot, core_report, core_row, portfolio
+from tilewise.bench import ahead, bars, core, core_plot, core_report, core_row, portfolio
 from tilewise.bench.records import teraflops
 from tilewise.bench.vet import Job, Vetted, small, vet
 from tilewise.cli import main as cli
@@ -24,6 +24,7 @@ from tilewise.domain.errors import SettingsError, TuningError
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.domain.trial import Outcome, Stage, Trial
 from tilewise.kernels import device as devices
+from tilewise.kernels.ahead import COMPILERS
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.backends.plain import Plain
 from tilewise.kernels.backends.sdpa import SdpaMath
@@ -213,6 +214,31 @@ def test_a_candidate_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert hung[job].outcome is Outcome.TIMED_OUT
     late = vet([job, other], CPU, workers=1, seconds=0.5, task=faults.hangs)
     assert [each.outcome for each in late.values()] == [Outcome.SKIPPED, Outcome.SKIPPED]
+
+
+def test_what_compiles_without_its_device_is_not_run_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the peers; ours are looked at on small tensors all the same."""
+    vetted: list[Job] = []
+    compiled: list[tuple[Problem, Candidate]] = []
+
+    def compiling(jobs: list[tuple[Problem, Candidate]], *_: object, **__: object) -> list[str]:
+        compiled.extend(jobs)
+        return ["sdpa_math of it: compile_failed, no luck"]
+
+    def vetting(jobs: list[Job], *_: object, **__: object) -> dict[Job, Vetted]:
+        vetted.extend(jobs)
+        return {job: Vetted(Outcome.OK) for job in jobs}
+
+    monkeypatch.setitem(COMPILERS, "sdpa_math", lambda *_: ())
+    monkeypatch.setattr(ahead, "compile_ahead", compiling)
+    monkeypatch.setattr(core, "vet", vetting)
+    chosen, described, said = options(workers=1, configs=0), devices.describe(CPU), list[str]()
+    this = replace(made.RUN, device=described)
+    core._vet([bars.Cell("", "", TINY)], {TINY: ()}, chosen, CPU, this, said.append)
+    assert compiled == [(TINY, Candidate("sdpa_math"))]
+    assert {job.candidate.backend for job in vetted} == {"cpu_tiled"}
+    assert re.match(r"compiled ahead: (\d+) of (\d+) in ", said[0])
+    assert said[1] == "  sdpa_math of it: compile_failed, no luck"
 
 
 def test_small_problems_are_of_the_same_kind() -> None:

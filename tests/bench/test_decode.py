@@ -15,6 +15,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.software import Software
 from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Outcome
+from tilewise.kernels import device as devices
 from tilewise.kernels.backends.triton_decode import KERNEL, TritonDecode
 from tilewise.kernels.inputs import random_call
 from tilewise.tuner.timing import CpuClock
@@ -94,52 +95,70 @@ def test_the_cells_are_within_reach() -> None:
     assert len({cell.name for cell in cells}) == len(cells) == 8
     for cell in cells:
         assert TritonDecode().supports(cell.problem, H200) is None
-        jobs = decode.jobs_of(cell, H200)
+        configs = decode.configs_of(cell, H200)
         space = TritonDecode().spaces(cell.problem, H200)["forward"]
         assert space is not None
-        assert jobs[0] == (cell.problem, space.default)
-        assert all(config in space for _, config in jobs)
-        assert len({config["num_splits"] for _, config in jobs}) == len(space.parameters[1].values)
+        assert configs[0] == space.default
+        assert all(config in space for config in configs)
+        assert len({config["num_splits"] for config in configs}) == len(space.parameters[1].values)
         assert 10 <= len(decode.tiles(cell.problem, space)) <= 50
         assert cell.bytes_read > 3e7
         assert cell.rival.page_size == 0
 
 
 def test_one_compilation_serves_all_batches_and_lengths() -> None:
-    long, short = (replace(decode.cells()[0].problem, batch=b, kv_len=k) for b, k in ((1, 8192), (32, 131072)))
+    base = decode.cells()[0]
+    long, short = (replace(base.problem, batch=b, kv_len=k) for b, k in ((1, 8192), (32, 131072)))
     config = Config.of(KERNEL, block_n=64, num_splits=4, num_warps=4, num_stages=3)
-    assert ahead._kernel(long, config) == ahead._kernel(short, config)
+    assert decode.kernel_of(long, config) == decode.kernel_of(short, config)
     one = Config.of(KERNEL, block_n=64, num_splits=1, num_warps=4, num_stages=3)
-    assert ahead._kernel(long, config) != ahead._kernel(long, one)
-    assert ahead._kernel(long, config) != ahead._kernel(replace(long, page_size=64), config)
-    assert ahead._kernel(long, config) != ahead._kernel(replace(long, kv_heads=1), config)
+    assert decode.kernel_of(long, config) != decode.kernel_of(long, one)
+    assert decode.kernel_of(long, config) != decode.kernel_of(replace(long, page_size=64), config)
+    assert decode.kernel_of(long, config) != decode.kernel_of(replace(long, kv_heads=1), config)
+    alone = decode.jobs_of([base], H200)
+    assert len(alone) < len(decode.configs_of(base, H200))
+    assert decode.jobs_of([base, replace(base, problem=replace(base.problem, batch=4))], H200) == alone
 
 
-@pytest.mark.parametrize("page_size", [0, 48])
-def test_compilation_needs_no_memory(page_size: int) -> None:
-    """In the interpreter nothing is compiled, but everything up to there is done for 17 TB of cache."""
+def test_compilation_needs_neither_device_nor_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """17 TB of cache, for a GPU that is not here; a config that it has no room for is one line."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     problem = Problem(
-        batch=4096, heads=64, kv_heads=8, q_len=1, kv_len=1 << 20, head_dim=128, varlen=True, page_size=page_size
+        batch=4096, heads=64, kv_heads=8, q_len=1, kv_len=1 << 20, head_dim=128, varlen=True, page_size=48
     )
     config = Config.of(KERNEL, block_n=64, num_splits=4, num_warps=4, num_stages=3)
-    assert ahead.compile_one((problem, config)) == ""
-    broken = replace(problem, softcap=True)
-    assert ahead.compile_one((broken, config)) == ""
-    assert "ConfigError" in ahead.compile_one((problem, Config.of(KERNEL)))
+    candidate, other = Candidate.of(KERNEL, forward=config), Candidate("sdpa")
+    small = replace(H200, shared_memory=1024)
+    (line,) = ahead.compile_ahead([(problem, candidate), (problem, other)], small, workers=1)
+    assert "OutOfResources" in line
+    assert problem.key in line
+    # no time at all: the first that ends is the last
+    later = Candidate.of(KERNEL, forward=Config.of(KERNEL, **{**config.as_dict(), "block_n": 32}))
+    jobs = [(problem, candidate), (problem, candidate), (problem, later)]
+    assert ahead.compile_ahead(jobs, H200, workers=1, seconds=0) == []
+    assert sorted(path.stem for path in tmp_path.rglob("*.cubin")) == ["attention_decode", "combine_splits"]
 
 
 def test_the_bandwidth_of_a_copy() -> None:
     assert 0.01 < decode.copy_gbps(CpuClock(), CPU, 1 << 22) < 1e4
 
 
+def compiled_in(folder: Path) -> dict[str, str]:
+    """Return what is said of each compiled kernel, by its place in the cache."""
+    return {str(path.relative_to(folder)): path.with_suffix(".json").read_text() for path in folder.rglob("*.cubin")}
+
+
 @pytest.mark.gpu
 def test_kernels_compiled_ahead_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the processes compiled lies in Triton's cache under the key that the real launch asks for."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    device = torch.device("cuda")
     problem = Problem(batch=2, heads=16, kv_heads=2, q_len=1, kv_len=4096, head_dim=64, varlen=True, page_size=32)
     config = Config.of(KERNEL, block_n=32, num_splits=8, num_warps=2, num_stages=3)
-    assert ahead.compile_ahead([(problem, config)]) == []
-    before = sorted(tmp_path.rglob("*.cubin"))
-    assert len(before) == 2
-    TritonDecode().forward(random_call(problem, torch.device("cuda"), seed=0), config)
-    assert sorted(tmp_path.rglob("*.cubin")) == before
+    job = problem, Candidate.of(KERNEL, forward=config)
+    assert ahead.compile_ahead([job], devices.describe(device)) == []
+    before = compiled_in(tmp_path)
+    assert sorted(Path(place).stem for place in before) == ["attention_decode", "combine_splits"]
+    TritonDecode().forward(random_call(problem, device, seed=0), config)
+    after = compiled_in(tmp_path)
+    assert after == before, "\n".join(f"{place}: {said}" for place, said in sorted(after.items()))

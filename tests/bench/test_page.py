@@ -8,7 +8,7 @@ import torch
 
 from tilewise.bench import baseline, core_report, page_plot, page_report, page_specs
 from tilewise.bench.core_answers import answers_of
-from tilewise.bench.page_records import BACKENDS, EXPLICIT, Cell, PageRow, Timing
+from tilewise.bench.page_records import BACKENDS, EXPLICIT, Cell, PageRow, Spent, Timing
 from tilewise.bench.page_specs import Chosen, Spec, specs
 from tilewise.bench.page_verdicts import verdicts
 from tilewise.bench.trinix_layers import TRINIX
@@ -192,6 +192,12 @@ def test_a_page_with_rows_missing_is_open() -> None:
     assert found["auto over PyTorch, inference, fp16, causal: geomean of 4 rows"].met is None
     filled = found["rows with every cell, fp16, causal"]
     assert (filled.found, filled.wanted, filled.met, filled.worst) == ("3", "15", False, PAGE[1].name)
+    each = [verdict for claim, verdict in found.items() if "each row" in claim]
+    assert len(each) == 5
+    # none is met by four rows; one of them is enough to fail
+    assert {verdict.met for verdict in each} == {None}
+    slow = {each.claim: each.met for each in verdicts([*rows[:3], a_row(PAGE[3], 0.5)])}
+    assert slow["auto of its ceiling, each row, fp16, causal"] is False
 
 
 def test_what_a_row_says() -> None:
@@ -214,6 +220,38 @@ def test_a_cell_that_does_not_fit_says_what_it_would_need() -> None:
     assert "needs 300 GiB" in page_report.page(report)
     assert "(307200)" in page_report.page(report)
     assert page_report.memory_savings(row) == pytest.approx(1 - 0.25 / 300)
+
+
+def shown(*rows: PageRow) -> str:
+    report = page_report.opened(Path("nowhere"), made.RUN)
+    for row in rows:
+        report = report.with_row(row)
+    return page_report.page(report)
+
+
+def test_a_table_ends_with_the_figures_of_the_page() -> None:
+    text = shown(a_row(PAGE[0], 0.25), a_row(PAGE[1], 0.5, flash=0.2))
+    assert (
+        "Over PyTorch: auto 3.00x on average, 4.00x at best; the most is 5.00x (Flash, deepseek_v3 SelfAttention). "
+        "Fastest are auto in 1, Flash in 1 of 2 rows."
+    ) in text
+    assert "A row takes" not in text
+    spent = Spent(checks=1.25, layers=3.0, cores=0.5)
+    assert "A row takes about 5 s: 1.2 for the checks" in shown(replace(a_row(PAGE[0], 0.25), spent=spent))
+
+
+def test_reasons_that_differ_in_figures_are_one_line() -> None:
+    rows = []
+    for spec in PAGE[:3]:
+        cells = {cell.backend: cell for cell in a_row(spec, 0.25).cells}
+        message = f"nothing tuned is known of it: tilewise tune --problem {spec.problem.key}"
+        cells["triton"] = Cell(backend="triton", outcome=Outcome.UNSUPPORTED, message=message)
+        cells["auto"] = replace(cells["auto"], ran="sdpa (default)" if spec is PAGE[1] else "sdpa (exact)")
+        rows.append(replace(a_row(spec, 0.25), cells=tuple(cells.values())))
+    text = shown(*rows)
+    (line,) = (line for line in text.splitlines() if "nothing tuned" in line)
+    assert line.endswith(f"{PAGE[0].problem.key} | {PAGE[0].name} and 2 more |")
+    assert "In 1 of 3 rows nothing was known of the core" in text
 
 
 # answers from cores
@@ -244,6 +282,14 @@ def test_the_plots_show_every_timed_cell(tmp_path: Path) -> None:
     assert len(heights) == len(PAGE) * 6
     assert sorted(set(heights)) == pytest.approx([1.0, 1 / 0.6, 2.0, 2.5, 4.0])
     assert page_plot.draw(report, tmp_path / "page.png") == [tmp_path / "page.png", tmp_path / "page_hidden.png"]
+    alone = page_plot._bars([[a_row(PAGE[0], 0.25)]], report.device.name)
+    assert alone.get_figwidth() < drawn.get_figwidth()
+    curves = page_plot._curves(page_report.sweeps_of(report.rows), report.device.name)
+    curves.draw_without_rendering()
+    memory = curves.axes[1]
+    labels = {label.get_text() for label in memory.get_yticklabels()}
+    assert "0.25" in labels
+    assert memory.get_xlabel() == "hidden size"
 
 
 def test_lists_of_layers_agree() -> None:

@@ -19,6 +19,7 @@ from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Dtype, Pass
 from tilewise.domain.trial import Outcome
 from tilewise.kernels import device as devices
+from tilewise.kernels.ahead import COMPILERS
 from tilewise.kernels.backends import BACKENDS as KERNELS
 from tilewise.kernels.call import Call
 from tilewise.layers import session
@@ -29,6 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = [name for name in BACKENDS if not name.startswith("trinix")]
 TINY = ("--device", "cpu", "--batch", "1", "--seq_len", "24", "--hidden", "64", "--heads", "8", "--num_runs", "3",
         "--warmup", "0")  # fmt: skip
+
+SMALL = Chosen(models=("llama3_70b",), layers=("gqa", "mqa"), passes=(Pass.INFERENCE,), dtype=Dtype.FP32, batch=1,
+               seq_len=24, hidden=64, heads=8)  # fmt: skip
+ONE = ("--models", "llama3_70b", "--layers", "gqa", "--pass", "inference")
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +122,45 @@ def test_the_command_fills_a_page_and_goes_on_where_it_stopped(
     assert report_in(tmp_path).rows == report.rows
 
 
+def test_to_render_again_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    assert bench(*ONE) == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.glob("page*")}
+    assert sorted(written) == ["page.json", "page.md", "page.png"]
+    for name in ("page.md", "page.png"):
+        (tmp_path / name).unlink()
+    assert bench("--render") == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("page*")} == written
+
+
+@pytest.mark.parametrize(("row_seconds", "rounds"), [(0.0, 30), (1000.0, 40)])
+def test_the_time_of_a_row_is_limited_and_told(row_seconds: float, rounds: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    options = page.Options(chosen=SMALL, num_runs=40, warmup=0, row_seconds=row_seconds)
+    page.run(options, CPU, tmp_path / "page.json", command="", tell=said.append)
+    row = report_in(tmp_path).rows[0]
+    layer, core = row.timing("auto"), row.timing("auto", core=True)
+    assert layer is not None
+    assert core is not None
+    assert (layer.samples, core.samples) == (rounds, 30)
+    assert row.spent is not None
+    assert 0 < row.spent.checks + row.spent.layers + row.spent.cores <= row.seconds * 1.001
+    assert re.search(r"; [0-9.]+ s \(checks [0-9.]+, layers [0-9.]+, cores [0-9.]+\), \d+ s in all", said[1])
+    text = (tmp_path / "page.md").read_text()
+    assert f"standard deviation of {rounds} rounds" in text
+    assert "Cores alone are timed in 30 rounds" in text
+
+
+def test_what_cannot_be_compiled_ahead_costs_no_cell(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMPILERS, "sdpa", lambda *_: ())  # here; the process that compiles has no such compiler
+    assert bench(*ONE, "--workers", "1") == 0
+    said = capsys.readouterr().err
+    assert "compiled ahead: 0 of 1 in " in said
+    assert "KeyError" in said
+    assert cells_of(tmp_path)["sdpa"].outcome is Outcome.OK
+
+
 @pytest.mark.parametrize("layer", ["self", "mqa", "latent", "mla"])
 def test_every_layer_is_checked_with_all_its_gradients(layer: str, bench: Bench, tmp_path: Path) -> None:
     assert bench("--models", "deepseek_v3", "--layers", layer, "--pass", "training") == 0
@@ -181,9 +225,6 @@ def test_the_script_takes_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def cells_of(folder: Path) -> dict[str, Cell]:
     (row,) = report_in(folder).rows
     return {cell.backend: cell for cell in row.cells}
-
-
-ONE = ("--models", "llama3_70b", "--layers", "gqa", "--pass", "inference")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises", "memory"])
@@ -279,9 +320,7 @@ def test_a_backend_that_spoils_the_device_is_not_tried_again(
 
 
 def test_no_row_starts_that_would_pass_the_limit(tmp_path: Path) -> None:
-    tiny = Chosen(models=("llama3_70b",), layers=("gqa", "mqa"), passes=(Pass.INFERENCE,), dtype=Dtype.FP32,
-                  batch=1, seq_len=24, hidden=64, heads=8)  # fmt: skip
-    options = page.Options(chosen=tiny, num_runs=1, warmup=0, seconds=0.0)
+    options = page.Options(chosen=SMALL, num_runs=1, warmup=0, seconds=0.0)
     said: list[str] = []
     result = page.run(options, CPU, tmp_path / "page.json", command="", tell=said.append)
     assert (len(result.report.rows), result.left, result.failed) == (1, 1, ())
@@ -377,12 +416,13 @@ def test_another_librarys_layers_beside(bench: Bench, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.gpu
-def test_a_page_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(page_row, "MATMUL_SIZE", {"cuda": 512})
     flags = ["--models", "deepseek_v3", "--batch", "1", "--seq_len", "512", "--hidden", "512", "--heads", "8"]
     flags += ["--num_runs", "3", "--device", "cuda", "--output", str(tmp_path / "page.json")]
     monkeypatch.setattr(sys, "argv", ["tilewise", "bench", *flags])
     assert ended(cli.main) == 0
+    assert re.search(r"compiled ahead: (\d+) of \1 in ", capsys.readouterr().err)
     rows = report_in(tmp_path).rows
     assert len(rows) == 12
     for row in rows:

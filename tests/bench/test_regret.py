@@ -40,6 +40,13 @@ class Heating(CpuClock):
         return self._speeds.setdefault(key, 1 + 0.01 * len(self._speeds))
 
 
+class Even(Heating):
+    """The same without the heat."""
+
+    def interleave(self, steps: Sequence[Step], rounds: int) -> list[list[float]]:
+        return [[self._speed(step)] * rounds for step in steps]
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuClock, "_CACHE_BYTES", 1 << 20)
@@ -53,18 +60,32 @@ def test_interleaved_verdicts_do_not_err_where_those_in_turn_do() -> None:
     assert len(found.candidates) >= 3
     assert found.interleaved.regrets == (0.0,) * 4
     assert set(found.interleaved.chosen) == {found.candidates[0]}
-    assert found.interleaved.lowest == pytest.approx(found.interleaved.highest)
+    number = len(found.candidates)
+    assert len(found.sequential.pairs) == len(found.interleaved.pairs) == number * (number - 1) // 2
+    assert max(pair.spread for pair in found.interleaved.pairs) == pytest.approx(0)
     assert max(found.sequential.regrets) > 0
-    assert found.sequential.highest > found.interleaved.highest
+    assert max(pair.spread for pair in found.sequential.pairs) > 0.1
+    # one of the pair is timed a tenth hotter in most repeats
+    assert found.bias > 0.05
     lines = table([found]).splitlines()
-    assert [line.split("|")[3].strip() for line in lines[2:]] == ["in turn", "interleaved"]
+    assert [line.split("|")[3].strip() for line in lines[2:4]] == ["in turn", "interleaved"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:4]]
+    assert {len(row) for row in cells} == {9}
+    assert (cells[3][6:], cells[2][8]) == (["0.00%", "0.00%", "-"], f"{found.bias:.2%}")
 
 
-def test_one_candidate_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regret, "CLOSE", 1.0)
-    clock = Heating()
-    with pytest.raises(TuningError, match="no other candidate is within 1 times of the best"):
-        compare(PROBLEM, CPU, clock, repeats=3, most=5, configs=0)
+@pytest.mark.parametrize(("close", "furthest", "number"), [(1.0, 1.5, 2), (1.0, 1.005, 0), (1.5, 1.5, 4)])
+def test_where_few_are_close_the_next_are_taken(
+    close: float, furthest: float, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regret, "CLOSE", close)
+    monkeypatch.setattr(regret, "FURTHEST", furthest)
+    monkeypatch.setattr(regret, "ENOUGH", 2)
+    if number:
+        assert len(compare(PROBLEM, CPU, Even(), repeats=3, most=7, configs=4).candidates) == number
+    else:
+        with pytest.raises(TuningError, match=r"no other candidate is within 1.005 times of the best"):
+            compare(PROBLEM, CPU, Even(), repeats=3, most=7, configs=4)
 
 
 def test_the_command_writes_a_report(
