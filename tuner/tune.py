@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -114,9 +114,11 @@ class _Tuning:
         since: float | None,
     ) -> None:
         self._problem, self._crew, self._database = problem, crew, database
-        self._budget, self._fresh, self._seed, self._report = budget, fresh, seed, report
+        self._fresh, self._seed, self._report = fresh, seed, report
         self._device: Device = devices.describe(crew.device)
         self._software: Software = devices.software(self._device.kind)
+        self._asked = budget
+        self._budget = replace(budget, seconds=budget.seconds_for(problem, self._device.kind), stretch=1.0)
         self._default = self._baseline = default_candidate(problem)
         self._backends = {self._default.backend, *(backends or BACKENDS)}
         self._named = frozenset(backends)
@@ -415,7 +417,7 @@ class _Tuning:
         with self._database.write() as session:
             DeviceRepository(session).save(self._device)
             jobs = JobRepository(session)
-            job = jobs.create(self._problem, self._device.key, self._budget)
+            job = jobs.create(self._problem, self._device.key, self._asked)
             attempt = jobs.start(job.id)
         assert attempt is not None, "a job made in this transaction is queued"
         return job.id, attempt

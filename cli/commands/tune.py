@@ -1,6 +1,5 @@
 """tilewise tune."""
 
-import dataclasses
 import enum
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from ..console import err, out, print_json, print_table
 from ..options import AsJson, Db, DeviceName, database_url
 
 if TYPE_CHECKING:
-    from tilewise.domain.job import Budget
     from tilewise.domain.problem import Problem
 
 
@@ -49,7 +47,9 @@ def tune(
 ) -> None:
     """Find and keep the fastest way to compute attention here; trials of an interrupted run are taken over."""
     problems = _problems(model or [], problem or [], pass_, dtype, causal)
-    limits = _budget(budget, trials, seconds)
+    from tilewise.domain.job import budget_named
+
+    limits = budget_named(budget, trials=trials, seconds=seconds)
     if plot is not None:
         need_matplotlib(plot)
     from ..torch import need_torch
@@ -149,14 +149,3 @@ def _problems(models: list[str], keys: list[str], pass_: PassName, dtype: str, c
     if not problems:
         raise SettingsError("nothing to tune: give --model NAME or --problem KEY")
     return problems
-
-
-def _budget(name: BudgetName, trials: int | None, seconds: float | None) -> "Budget":
-    from tilewise.domain.job import BUDGETS
-
-    limits = BUDGETS[name]
-    if trials is not None:
-        limits = dataclasses.replace(limits, trials=trials, patience=max(limits.patience, trials))
-    if seconds is not None:
-        limits = dataclasses.replace(limits, seconds=seconds)
-    return limits
