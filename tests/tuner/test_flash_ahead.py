@@ -257,6 +257,8 @@ def test_what_is_compiled_ahead_is_found_by_the_real_calls(key: str, worker: Wor
 
 def _home(folder: str) -> None:
     os.environ["TILEWISE_HOME"] = folder
+    for name in (package.ENABLED, package.FOLDER):  # what the user has set goes before our folder
+        os.environ.pop(name, None)
 
 
 @dataclasses.dataclass(frozen=True)
