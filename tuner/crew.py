@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -11,19 +11,22 @@ from typing import Self
 import torch
 
 from tilewise.domain.config import Candidate
-from tilewise.domain.device import DeviceKind
+from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import TuningError
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
 from tilewise.kernels.ahead import Footprint, compiles_ahead
-from tilewise.kernels.backends import backend_named
+from tilewise.kernels.backend import Backend
+from tilewise.kernels.backends import backend_named, supporting
 
+from .compile_pool import CompilePool, slow
 from .compiling import Compiled, Compiling
+from .known import KNOWN_FIRST, known
 from .limits import Limits
 from .measuring import Attempting, Judging, Loading, Preparation, Readying, Setup, Soaking, no_setup
-from .processes import Ended, Worker, nothing, stop_all, wait_for
+from .processes import Ended, Worker, stop_all, wait_for
 from .trying import Judged, stage_of
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
@@ -65,12 +68,24 @@ class Crew:
         count = max(1, len(os.sched_getaffinity(0)) - 1) if compilers is None else compilers
         each = min(self.limits.compile_memory_gib, machine / (count + 1))
         self.compilers = [Worker(self.limits, memory_gib=each, strict=True) for _ in range(count)]
+        self.pool = CompilePool(self.compilers)
+        self._begun: tuple[Problem, int, tuple[str, ...]] | None = None
 
-    def begin(self, problem: Problem, *, seed: int) -> None:
-        """Have all processes started, and the tensors and float64 results of `problem` made, while others go on.
+    def begin(self, problem: Problem, *, seed: int, backends: Sequence[str] = ()) -> None:
+        """Have all processes started, and what a tuning of `problem` does first done, while others go on.
 
-        A tuning of that problem and seed finds them there.
+        The process that measures makes tensors and float64 results and imports what it needs; the others compile the
+        default and the known configs of `backends`, all where empty. A tuning of that problem and seed finds it there.
         """
+        if self._begun == (problem, seed, tuple(backends)):
+            return
+        self._begun = problem, seed, tuple(backends)
+        described = devices.describe(self.device)
+        ahead = [
+            backend
+            for backend in supporting(problem, described)
+            if compiles_ahead(backend.name) and (not backends or backend.name in backends)
+        ]
         preparation = Preparation(
             problem=problem,
             device=str(self.device),
@@ -79,10 +94,18 @@ class Crew:
             threads=torch.get_num_threads(),
             setup=self.setup,
         )
-        self.measurer.begin(Readying(preparation=preparation, limits=self.limits))
-        if self.device.type != "cpu":  # there, nothing of ours compiles
-            for worker in self.compilers:
-                worker.begin(nothing)
+        imports = tuple(backend.name for backend in ahead if slow(backend.name))
+        self.measurer.begin(Readying(preparation=preparation, limits=self.limits, imports=imports))
+        if self.device.type == "cpu":  # there, nothing of ours compiles
+            return
+        self.pool.begin(
+            {
+                candidate: Compiling(
+                    problem=problem, candidate=candidate, device=described, limits=self.limits, setup=self.setup
+                )
+                for candidate in _foreseen(problem, described, ahead)
+            }
+        )
 
     def close(self) -> None:
         stop_all([self.measurer, *self.compilers])
@@ -92,6 +115,19 @@ class Crew:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+
+def _foreseen(problem: Problem, device: Device, backends: Sequence[Backend]) -> list[Candidate]:
+    """Return what a search of these backends tries first: their defaults, then what is known of their kernels."""
+    defaults = [backend.default(problem, device) for backend in backends]
+    first = [
+        default.with_config(role, config)
+        for backend, default in zip(backends, defaults, strict=True)
+        for role, space in backend.spaces(problem, device).items()
+        for kernel in space.by_kernel
+        for config in known(kernel, problem)[:KNOWN_FIRST]
+    ]
+    return list(dict.fromkeys([*defaults, *first]))
 
 
 @dataclass(slots=True)
@@ -136,6 +172,7 @@ class Pipeline:
         self._longest = 0.0  # seconds of a right candidate
         self._best_ratio = float("inf")
         self._deferred, self._patience = 0.0, float("inf")
+        self._mixed = False  # whether any compile ahead that import nothing slow
         self._loading = False
         self._loaded: set[tuple[int, str]] = set()  # process of the measurer, backend
 
@@ -150,8 +187,9 @@ class Pipeline:
     def submit(self, candidate: Candidate, *, must: bool = False) -> None:
         """Let a candidate be tried; one that `must` be is tried even if the search ends meanwhile (`finish`)."""
         q, ahead = self._queues, self.compiles_ahead(candidate.backend)
-        slow = q.slow if backend_named(candidate.backend).compile_seconds else q.to_measure
-        queue = q.to_compile if ahead else slow
+        slow_ones = q.slow if slow(candidate.backend) else q.to_measure
+        queue = q.to_compile if ahead else slow_ones
+        self._mixed |= ahead and not slow(candidate.backend)
         queue.append(_Waiting(candidate, must=must, ahead=ahead, since=time.monotonic()))
 
     def compiles_ahead(self, backend: str) -> bool:
@@ -168,14 +206,18 @@ class Pipeline:
     def wants(self, backend: str) -> bool:
         """Whether another candidate of `backend` would keep a process from waiting.
 
-        One that compiles ahead is wanted while fewer are on their way than there are processes; another only when
-        nothing waits to be measured, so that it can be chosen by all that is known.
+        One that compiles ahead is wanted while fewer are on their way than there are processes for it, and what is
+        compiled does not wait in numbers; another only when nothing waits to be measured, so that it can be chosen by
+        all that is known.
         """
-        q = self._queues
+        q, pool = self._queues, self._crew.pool
         if self.compiles_ahead(backend):
-            compiled = sum(each.ahead for each in q.to_measure)
-            return len(q.to_compile) + len(q.compiling) + compiled < len(self._crew.compilers) + 1
-        if q.slow and backend_named(backend).compile_seconds:
+            compiling = [each.candidate.backend for each in (*q.to_compile, *q.compiling.values())]
+            if slow(backend) and sum(map(slow, compiling)) > pool.slots(mixed=self._mixed):
+                return False
+            compiled, processes = sum(each.ahead for each in q.to_measure), len(pool.workers)
+            return len(compiling) + max(0, compiled - processes) < processes + 1
+        if q.slow and slow(backend):
             return False
         return not q.to_measure and q.measuring is None
 
@@ -270,7 +312,11 @@ class Pipeline:
                 self._measured(waiting, ended)
         for worker in crew.compilers:
             if q.to_compile and worker not in q.compiling and not (self._alone and q.measuring):
-                q.compiling[worker] = waiting = q.to_compile.popleft()
+                place = crew.pool.choose(worker, [each.candidate for each in q.to_compile], mixed=self._mixed)
+                if place is None:
+                    continue
+                q.compiling[worker] = waiting = q.to_compile[place]
+                del q.to_compile[place]
                 worker.start(self._compilation(waiting.candidate))
         if q.measuring is None and not self._loading and not (self._alone and q.compiling):
             q.measuring = self._next()
@@ -284,7 +330,7 @@ class Pipeline:
         measurer = self._crew.measurer
         for each in self._queues.compiling.values():
             backend = each.candidate.backend
-            if backend_named(backend).compile_seconds and (measurer.started, backend) not in self._loaded:
+            if slow(backend) and (measurer.started, backend) not in self._loaded:
                 measurer.start(Loading(backend=backend, limits=self._crew.limits, setup=self._crew.setup))
                 self._loaded.add((measurer.started, backend))
                 self._loading = True

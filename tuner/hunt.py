@@ -7,12 +7,12 @@ from tilewise.domain.config import Candidate, Config
 from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Outcome, Trial
 
+from .known import KNOWN_FIRST
 from .neighbours import Near, of_kernel
 from .search import Search
 
 Role = tuple[str, str, str]  # backend, role and kernel
 GUESS_SECONDS = 0.5  # that a trial takes, until it is done
-KNOWN = 4  # known configs of a kernel that are tried first where no near problem teaches anything
 POWER = 4.0  # a space whose best takes 1.2 times as long as the best of all gets half the time
 
 
@@ -48,7 +48,7 @@ class Hunt:
         self._spaces = {}
         for key, space in spaces.items():
             first, neighbours = of_kernel(near, *key)
-            first = first or [*known(space)[:KNOWN]]
+            first = first or [*known(space)[:KNOWN_FIRST]]
             self._spaces[key] = _Space(Search(space, seed=seed, first=first, neighbours=neighbours))
         self._asked: dict[Candidate, tuple[Role, Config]] = {}
         self._expected: set[Candidate] = set()

@@ -12,6 +12,7 @@ from tilewise.domain.problem import Problem
 from tilewise.domain.space import SearchSpace
 
 Known = tuple[Mapping[str, Value], ...]
+KNOWN_FIRST = 4  # of a kernel's that a search tries first
 
 
 def _tiles(*configs: tuple[int, int, int, int, bool]) -> Known:

@@ -54,13 +54,17 @@ _NO_REFERENCE = Candidate("")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readying:
-    """Make the tensors and their float64 results, before anything is to be tried."""
+    """Make the tensors and their float64 results, and import what backends need, before anything is to be tried."""
 
     preparation: Preparation
     limits: Limits
+    imports: tuple[str, ...] = ()
 
     def __call__(self, room: Room) -> None:
         _bench(room, self.preparation, self.limits)
+        for name in self.imports:
+            room.enter("load", self.limits.prepare)
+            backend_named(name).load()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

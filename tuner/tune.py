@@ -94,7 +94,7 @@ def tune(
     for name in backends:
         backend_named(name)
     with contextlib.nullcontext(crew) if crew is not None else Crew(device) as hands:
-        hands.begin(problem, seed=seed)
+        hands.begin(problem, seed=seed, backends=backends)
         tuning = _Tuning(problem, hands, database, budget, backends, fresh=fresh, seed=seed, report=report, since=since)
         return tuning.run(claim)
 

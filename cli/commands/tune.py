@@ -50,6 +50,7 @@ def tune(
     from tilewise.domain.job import budget_named
 
     limits = budget_named(budget, trials=trials, seconds=seconds)
+    chosen = [name.strip() for name in backends.split(",") if name.strip()]
     if plot is not None:
         need_matplotlib(plot)
     from ..torch import need_torch
@@ -63,7 +64,7 @@ def tune(
 
     where = devices.select(device)
     with Crew(where) as crew:
-        crew.begin(problems[0], seed=seed)  # beside all that follows
+        crew.begin(problems[0], seed=seed, backends=chosen)  # beside all that follows
         from tilewise.bench.search_plot import plot as draw
         from tilewise.db.session import Database
         from tilewise.tuner.progress import process_began
@@ -84,7 +85,7 @@ def tune(
                             device=where,
                             database=database,
                             budget=limits,
-                            backends=[name.strip() for name in backends.split(",") if name.strip()],
+                            backends=chosen,
                             fresh=fresh,
                             seed=seed,
                             report=report,
