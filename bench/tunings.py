@@ -191,6 +191,8 @@ def compared(row: Row, crew: Crew, optima: Sequence[Candidate]) -> Row:
             trial = pipeline.take(best_ratio=min(right.values(), default=math.inf)).trial
             if trial.outcome is Outcome.OK and trial.measurement is not None and trial.measurement.ratio is not None:
                 right[trial.candidate] = trial.measurement.ratio
+            elif trial.candidate in must:
+                print(f"{row.problem.key}: {trial.candidate} fails: {trial.message}", file=sys.stderr, flush=True)
         best = min(right.values(), default=math.inf)
         finalists = tuple(each for each in right if each in must or each in optima or right[each] <= SLOW * best)
         finalists = tuple(dict.fromkeys([reference, *finalists]))
@@ -198,6 +200,8 @@ def compared(row: Row, crew: Crew, optima: Sequence[Candidate]) -> Row:
             out = {trial.candidate: trial.message for trial in judged.failures}
             if reference in out:
                 raise TuningError(f"{row.problem.key}: the reference fails: {out[reference]}")
+            for each in out.items():
+                print(f"{row.problem.key}: %s is out of the final: %s" % each, file=sys.stderr, flush=True)
             finalists = tuple(each for each in finalists if each not in out)
     finally:
         pipeline.abandon()

@@ -81,6 +81,7 @@ class CudaClock(Clock):
     _CACHE_BYTES = 256 << 20
     _SETTLE_SECONDS = 1.0
     _CALLS = 20  # to see what a call costs the host, and before one is captured
+    _AHEAD = 100  # sweeps at most, two a call, that the host gets ahead by: on a busy one the device would wait for it
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -89,6 +90,8 @@ class CudaClock(Clock):
     def interleave(self, steps: Sequence[Step], rounds: int) -> list[list[float]]:
         events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in steps]
         with torch.cuda.device(self._device):
+            for _ in range(min(self._AHEAD, 2 * rounds * len(steps))):
+                self._flush.zero_()
             for turn in range(rounds):
                 for index in _order(len(steps), turn):
                     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
