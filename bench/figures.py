@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--card", required=True, help="the GPU's name as files have it, as h200")
     parser.add_argument("--trinix", help="folder of an unpacked wheel of trinix")
     parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--only", default="", metavar="TEXT", help="steps whose command holds this, as bfloat16")
     parser.add_argument("--list", action="store_true", help="print the commands, and run nothing")
     given = parser.parse_args()
     every = steps(given.card, given.trinix)
@@ -187,6 +188,7 @@ def main() -> None:
             f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(dict.fromkeys(s.group for s in every))}"
         )
     wanted = [step for step in every if not given.groups or step.group in given.groups]
+    wanted = [step for step in wanted if given.only in shlex.join(step.command)]
     if given.list:
         print("\n".join(shlex.join(["python", "-m", *step.command]) for step in wanted))
         return

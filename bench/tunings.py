@@ -2,10 +2,11 @@
 
 python -m tilewise.bench.tunings --problem KEY --budget quick --repeats 5 --output bench/results/NAME.json
 
-Every tuning is a command of its own with empty caches and a database of its own. Afterwards one interleaved final of
-each problem holds all winners, the default of every backend, and the best configs of the recorded landscapes of the
-problem: so a winner is compared with the optimum, with the best that needs no tuning, and with the other winners, and
-never by milliseconds of different runs. A run adds to the file: what it holds already is not measured again.
+Every tuning is a command of its own with empty caches and a database of its own. After those of a problem one
+interleaved final for each budget holds all winners, the default of every backend, and the best configs of the recorded
+landscapes of the problem: so a winner is compared with the optimum, with the best that needs no tuning, and with the
+other winners, and never by milliseconds of different runs. A run adds to the file: what it holds already is not
+measured again.
 """
 
 import argparse
@@ -283,38 +284,40 @@ def main() -> None:
     parser.add_argument("--landscapes", type=Path, default=landscape.FOLDER, help="folder of the recorded ones")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no tuning and no final starts later")
     parser.add_argument("--tune", default="", metavar="OPTIONS", help="more options of `tilewise tune`")
+    parser.add_argument("--again", action="store_true", help="tune what the file has too")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     command = shlex.join([*COMMAND.split(), *sys.argv[1:]])
-    wanted = [(Problem.parse(key), budget) for key in given.problem for budget in given.budget or ["normal"]]
-    options = ["--device", given.device, *shlex.split(given.tune)]
+    budgets, options = given.budget or ["normal"], ["--device", given.device, *shlex.split(given.tune)]
     report = report_file.load(Report, given.output, command=COMMAND) if given.output.exists() else None
-    # All tunings come before all finals: this process must not hold the device while another measures on it.
-    for problem, budget in wanted:
-        row = _row(report, problem, budget)
-        for seed in range(len(row.tunings) if row else 0, given.repeats):
-            if time.monotonic() > until:
-                break
-            tuning, device_key, software = tuned(problem, budget, seed, options)
-            report = report or Report(command=command, device_key=device_key)
-            report_file.check_device(given.output, report.device_key, device_key)
-            tunings = (*row.tunings, tuning) if row else (tuning,)
-            row = Row(problem=problem, budget=budget, software=software, tunings=tunings)
-            report = replace(report.with_row(row), command=command)
-            report_file.save(report, page(report), given.output)
-            print(f"{problem.key} {budget} {seed}: {tuning.seconds:.1f} s, {tuning.winner}", flush=True)
+    landscapes = landscape.load_all([given.landscapes]) if any(given.landscapes.glob(f"*{landscape.SUFFIX}")) else ()
+    for problem in map(Problem.parse, given.problem):
+        # its tunings come before its finals: this process must not hold the device while another measures on it
+        for budget in budgets:
+            row = None if given.again else _row(report, problem, budget)
+            for seed in range(len(row.tunings) if row else 0, given.repeats):
+                if time.monotonic() > until:
+                    break
+                tuning, device_key, software = tuned(problem, budget, seed, options)
+                report = report or Report(command=command, device_key=device_key)
+                report_file.check_device(given.output, report.device_key, device_key)
+                tunings = (*row.tunings, tuning) if row else (tuning,)
+                row = Row(problem=problem, budget=budget, software=software, tunings=tunings)
+                report = replace(report.with_row(row), command=command)
+                report_file.save(report, page(report), given.output)
+                print(f"{problem.key} {budget} {seed}: {tuning.seconds:.1f} s, {tuning.winner}", flush=True)
+        open_rows = [row for budget in budgets if (row := _row(report, problem, budget)) and not row.compared]
+        if report is None or not open_rows:
+            continue
+        with Crew(devices.select(given.device)) as crew:
+            for row in open_rows:
+                if time.monotonic() > until:
+                    break
+                report = report.with_row(compared(row, crew, optima_of(problem, report.device_key, landscapes)))
+                report_file.save(report, page(report), given.output)
     if report is None:
         raise SettingsError("nothing was tuned: raise --seconds")
-    landscapes = landscape.load_all([given.landscapes]) if any(given.landscapes.glob(f"*{landscape.SUFFIX}")) else ()
-    with Crew(devices.select(given.device)) as crew:
-        for problem, budget in wanted:
-            row = _row(report, problem, budget)
-            if row is None or row.compared or time.monotonic() > until:
-                continue
-            row = compared(row, crew, optima_of(problem, report.device_key, landscapes))
-            report = report.with_row(row)
-            report_file.save(report, page(report), given.output)
     print(page(report), end="")
 
 
