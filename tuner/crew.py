@@ -31,6 +31,7 @@ from .trying import Judged, stage_of
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
 COMPILATIONS = 3.0  # times Backend.compile_seconds, on a busy machine
+NICE = 5  # of those that compile: who measures calls the device in time, and who searches comes to it
 MEMORY_SHARE = 0.8  # of the machine, for the process that measures
 
 
@@ -67,7 +68,7 @@ class Crew:
         self.measurer = Worker(self.limits, memory_gib=memory, strict=device.type == "cpu")
         count = max(1, len(os.sched_getaffinity(0)) - 1) if compilers is None else compilers
         each = min(self.limits.compile_memory_gib, machine / (count + 1))
-        self.compilers = [Worker(self.limits, memory_gib=each, strict=True) for _ in range(count)]
+        self.compilers = [Worker(self.limits, memory_gib=each, strict=True, nice=NICE) for _ in range(count)]
         self.pool = CompilePool(self.compilers)
         self._begun: tuple[Problem, int, tuple[str, ...]] | None = None
 

@@ -100,10 +100,11 @@ class Worker:
 
     - memory_gib: what it may have; checked against its resident memory, and with `strict` a limit on its data, too,
       which lets an allocation fail cleanly but which a CUDA driver does not bear.
+    - nice: how much it gives way to other processes where there are more than cores.
     """
 
-    def __init__(self, limits: Limits, *, memory_gib: float, strict: bool) -> None:
-        self._limits, self._memory, self._strict = limits, int(memory_gib * 2**30), strict
+    def __init__(self, limits: Limits, *, memory_gib: float, strict: bool, nice: int = 0) -> None:
+        self._limits, self._memory, self._strict, self._nice = limits, int(memory_gib * 2**30), strict, nice
         self._live: _Live | None = None
         self._coming: Future[_Live] | None = None  # a process that is being started
         self._printed = Printed()
@@ -201,7 +202,7 @@ class Worker:
         lifeline, ours = _context.Pipe(duplex=False)
         os.set_blocking(out.fileno(), False)
         data = self._memory if self._strict else None
-        process = _context.Process(target=serve, args=(theirs, printed, lifeline, data), daemon=True)
+        process = _context.Process(target=serve, args=(theirs, printed, lifeline, data, self._nice), daemon=True)
         process.start()
         self.started += 1
         for end in (theirs, printed, lifeline):

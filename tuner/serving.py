@@ -79,17 +79,20 @@ def serve(
     printed: "Connection[Any, Any]",
     lifeline: "Connection[Any, Any]",
     data_bytes: int | None,
+    nice: int,
 ) -> None:
     """Do tasks until the other end is closed.
 
     - printed: where stdout and stderr go.
     - lifeline: closed by the death of whoever started this process, which ends it at once, even in a hang.
     - data_bytes: of memory that this process and those it starts may each have; None for no limit.
+    - nice: how much it gives way to other processes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this one decides
     _die_with(lifeline)
     for stream in (1, 2):
         os.dup2(printed.fileno(), stream)
+    os.nice(nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if data_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))

@@ -79,6 +79,16 @@ def test_a_hang_is_ended(worker: Worker, fake: str) -> None:
     assert run(worker, Says(1)).outcome is Outcome.OK
 
 
+def test_a_worker_gives_way_to_others() -> None:
+    polite = Worker(Limits(), memory_gib=2, strict=False, nice=5)
+    try:
+        run(polite, Says("there"))
+        assert polite.pid is not None
+        assert os.getpriority(os.PRIO_PROCESS, polite.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+    finally:
+        polite.stop()
+
+
 def test_silence_is_ended_before_the_time_limit() -> None:
     worker = Worker(Limits(silence=1.0), memory_gib=2, strict=False)
     worker.start(tasks.sleeps)
