@@ -50,16 +50,18 @@ class CompilePool:
     def choose(self, worker: Worker, waiting: Sequence[Candidate], *, mixed: bool) -> int | None:
         """Return the place among `waiting` of what a free worker compiles next, None where all that is for others."""
         mine = self._foreseen.get(worker)
-        if mine is not None and mine in waiting:
-            del self._foreseen[worker]
-            return waiting.index(mine)
-        others = set(self._foreseen.values())
+        others = {candidate for each, candidate in self._foreseen.items() if each is not worker}
         imports = worker in self._importing or len(self._importing) < self.slots(mixed=mixed)
-        for place, candidate in enumerate(waiting):
-            if candidate not in others and (imports or not slow(candidate.backend)):
-                self._note(worker, candidate)
-                return place
-        return None
+        allowed = (
+            place
+            for place, candidate in enumerate(waiting)
+            if candidate not in others and (imports or not slow(candidate.backend))
+        )
+        place = waiting.index(mine) if mine is not None and mine in waiting else next(allowed, None)
+        if place is not None:
+            self._foreseen.pop(worker, None)  # it is done before
+            self._note(worker, waiting[place])
+        return place
 
     def _note(self, worker: Worker, candidate: Candidate) -> None:
         if slow(candidate.backend):

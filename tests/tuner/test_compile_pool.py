@@ -83,4 +83,5 @@ def test_whoever_has_begun_with_a_candidate_goes_on_with_it(
     assert pool.choose(workers[0], waiting, mixed=True) == 1
     assert pool.choose(workers[4], [slow(3)], mixed=True) is None
     assert pool.choose(workers[1], [slow(3)], mixed=True) == 0
-    assert pool.choose(workers[5], [quick(2)], mixed=True) == 0, "a candidate is foreseen once"
+    assert pool.choose(workers[5], [slow(2), quick(2)], mixed=True) == 1, "a candidate is foreseen once"
+    assert pool.choose(workers[0], [slow(2)], mixed=True) == 0, "who was to do it does something else"
