@@ -55,12 +55,16 @@ class Report:
     landscapes: tuple[Described, ...]
     lines: tuple[Line, ...]
     overall: tuple[Line, ...]
+    behind: tuple[Line, ...]
 
 
 def summarise(
     landscapes: Sequence[Landscape], runs: Sequence[Run], *, command: str, compilers: int, most: int | None
 ) -> Report:
-    """Return a line per landscape and contender, and per contender the median over landscapes and seeds."""
+    """Return a line per landscape and contender, and per contender the median over landscapes and seeds.
+
+    `behind` is over the landscapes whose default leaves a search something to find: it is not within 1% of the best.
+    """
     by_name = {landscape.name: landscape for landscape in landscapes}
     contenders = list(dict.fromkeys(run.contender for run in runs))
     lines = [
@@ -69,18 +73,25 @@ def summarise(
         for contender in contenders
         if (mine := [run for run in runs if (run.landscape, run.contender) == (name, contender)])
     ]
-    overall = [
-        _line("all", contender, landscapes, [run for run in runs if run.contender == contender])
-        for contender in contenders
-    ]
+    hard = [landscape for landscape in landscapes if _described(landscape).default < SHARES[-1]]
     return Report(
         command=command,
         compilers=compilers,
         most=most,
         landscapes=tuple(map(_described, landscapes)),
         lines=tuple(lines),
-        overall=tuple(overall),
+        overall=_over("all", landscapes, runs),
+        behind=_over("behind", hard, runs),
     )
+
+
+def _over(name: str, landscapes: Sequence[Landscape], runs: Sequence[Run]) -> tuple[Line, ...]:
+    names = {landscape.name for landscape in landscapes}
+    by_contender: dict[Contender, list[Run]] = {}
+    for run in runs:
+        if run.landscape in names:
+            by_contender.setdefault(run.contender, []).append(run)
+    return tuple(_line(name, contender, landscapes, mine) for contender, mine in by_contender.items())
 
 
 def _line(name: str, contender: Contender, landscapes: Sequence[Landscape], runs: Sequence[Run]) -> Line:
@@ -165,7 +176,10 @@ def page(report: Report, picture: str) -> str:
         )
     heads = [f"trials to {share:.0%} (p90)" for share in SHARES] + [f"s to {share:.0%}" for share in SHARES[1:]]
     heads += [f"share after {trials}" for trials in AFTER]
-    for title, rows in (("All landscapes", report.overall), *_grouped(report.lines)):
+    together = [("All landscapes", report.overall)]
+    if report.behind:
+        together.append(("Landscapes whose default is not within 1% of the best", report.behind))
+    for title, rows in (*together, *_grouped(report.lines)):
         lines += ["", f"## {title}", "", f"| search | {' | '.join(heads)} |", f"|{' --- |' * (len(heads) + 1)}"]
         lines += [_row(line) for line in rows]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,19 @@ def test_medians_of_searches_that_did_not_get_there_are_left_out() -> None:
     (line,) = summarise([landscape], [never, never, once], command="", compilers=0, most=3).overall
     assert dict(line.trials_to) == dict.fromkeys(SHARES)
     assert "| random | - (-) |" in page(summarise([landscape], [never], command="", compilers=0, most=3), "x.png")
+
+
+def test_a_landscape_whose_default_is_the_best_says_nothing_of_a_search() -> None:
+    hard, easy = made(), made(key=PROBLEM.key.replace("q64.k64", "q128.k128"))
+    best = min((point for point in easy.points if point.ratio is not None), key=lambda point: point.ratio or 0.0)
+    easy = replace(easy, header=replace(easy.header, default=best.config))
+    runs = [replay.replay(landscape, RANDOM, seed) for landscape in (hard, easy) for seed in range(3)]
+    report = summarise([hard, easy], runs, command="", compilers=0, most=None)
+    (every,), (behind,) = report.overall, report.behind
+    assert (every.configs, behind.configs) == (200, 100)
+    assert dict(every.trials_to)[0.99] < dict(behind.trials_to)[0.99]  # type: ignore[operator]
+    assert "## Landscapes whose default is not within 1% of the best" in page(report, "x.png")
+    assert "default is not" not in page(summarise([easy], runs[3:], command="", compilers=0, most=None), "x.png")
 
 
 def test_methods_are_known_by_name() -> None:
