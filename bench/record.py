@@ -16,7 +16,6 @@ from tilewise.domain.trial import Measurement, Outcome, now
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import backend_named
 from tilewise.tuner.crew import Crew, Pipeline, Tried
-from tilewise.tuner.measuring import Preparation
 
 from .landscape import Header, Landscape, Point
 
@@ -58,17 +57,7 @@ def record(
     load = _load()
     described = devices.describe(crew.device)
     space, base = _space(subject, crew.device)
-    pipeline = Pipeline(
-        crew,
-        Preparation(
-            problem=subject.problem,
-            device=str(crew.device),
-            reference=base,
-            seed=seed,
-            threads=torch.get_num_threads(),
-            setup=crew.setup,
-        ),
-    )
+    pipeline = Pipeline(crew, crew.preparation(subject.problem, base, seed=seed))
     configs = list(space)
     found: dict[Candidate, Tried] = {}
     try:

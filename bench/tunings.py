@@ -23,8 +23,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from tilewise.domain import codec
 from tilewise.domain.answer import Answer
 from tilewise.domain.config import Candidate
@@ -37,7 +35,6 @@ from tilewise.domain.trial import Measurement, Outcome
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import supporting
 from tilewise.tuner.crew import Crew, Pipeline
-from tilewise.tuner.measuring import Preparation
 from tilewise.tuner.progress import Spent
 
 from . import landscape, report_file
@@ -171,17 +168,7 @@ def compared(row: Row, crew: Crew, optima: Sequence[Candidate]) -> Row:
     """
     described = devices.describe(crew.device)
     reference = default_candidate(row.problem)
-    pipeline = Pipeline(
-        crew,
-        Preparation(
-            problem=row.problem,
-            device=str(crew.device),
-            reference=reference,
-            seed=0,
-            threads=torch.get_num_threads(),
-            setup=crew.setup,
-        ),
-    )
+    pipeline = Pipeline(crew, crew.preparation(row.problem, reference, seed=0))
     defaults = [backend.default(row.problem, described) for backend in supporting(row.problem, described)]
     must = {reference, *(tuning.winner for tuning in row.tunings)}
     right: dict[Candidate, float] = {}

@@ -68,8 +68,7 @@ class Crew:
         self.measurer = Worker(self.limits, memory_gib=memory, strict=device.type == "cpu")
         count = max(1, len(os.sched_getaffinity(0)) - 1) if compilers is None else compilers
         each = min(self.limits.compile_memory_gib, machine / (count + 1))
-        self.compilers = [Worker(self.limits, memory_gib=each, strict=True, nice=NICE) for _ in range(count)]
-        self.pool = CompilePool(self.compilers)
+        self.pool = CompilePool([Worker(self.limits, memory_gib=each, strict=True, nice=NICE) for _ in range(count)])
         self._begun: tuple[Problem, int, tuple[str, ...]] | None = None
 
     def begin(self, problem: Problem, *, seed: int, backends: Sequence[str] = ()) -> None:
@@ -87,29 +86,35 @@ class Crew:
             for backend in supporting(problem, described)
             if compiles_ahead(backend.name) and (not backends or backend.name in backends)
         ]
-        preparation = Preparation(
-            problem=problem,
-            device=str(self.device),
-            reference=default_candidate(problem),
-            seed=seed,
-            threads=torch.get_num_threads(),
-            setup=self.setup,
-        )
+        preparation = self.preparation(problem, default_candidate(problem), seed=seed)
         imports = tuple(backend.name for backend in ahead if slow(backend.name))
         self.measurer.begin(Readying(preparation=preparation, limits=self.limits, imports=imports))
         if self.device.type == "cpu":  # there, nothing of ours compiles
             return
-        self.pool.begin(
-            {
-                candidate: Compiling(
-                    problem=problem, candidate=candidate, device=described, limits=self.limits, setup=self.setup
-                )
-                for candidate in _foreseen(problem, described, ahead)
-            }
+        first = _foreseen(problem, described, ahead)
+        self.pool.begin({candidate: self.compiling(problem, candidate, described) for candidate in first})
+
+    def preparation(
+        self, problem: Problem, reference: Candidate, *, seed: int, job: str = "", attempt: int = 1
+    ) -> Preparation:
+        """Return what the candidates of a problem share when this crew tries them."""
+        return Preparation(
+            problem=problem,
+            device=str(self.device),
+            reference=reference,
+            seed=seed,
+            threads=torch.get_num_threads(),
+            job=job,
+            attempt=attempt,
+            setup=self.setup,
         )
 
+    def compiling(self, problem: Problem, candidate: Candidate, device: Device) -> Compiling:
+        """Return the task of a process that compiles a candidate."""
+        return Compiling(problem=problem, candidate=candidate, device=device, limits=self.limits, setup=self.setup)
+
     def close(self) -> None:
-        stop_all([self.measurer, *self.compilers])
+        stop_all([self.measurer, *self.pool.workers])
 
     def __enter__(self) -> Self:
         return self
@@ -195,7 +200,7 @@ class Pipeline:
 
     def compiles_ahead(self, backend: str) -> bool:
         """Whether candidates of a backend are compiled by other processes than the one that measures."""
-        return bool(self._crew.compilers) and compiles_ahead(backend)
+        return bool(self._crew.pool.workers) and compiles_ahead(backend)
 
     @property
     def pending(self) -> int:
@@ -311,14 +316,14 @@ class Pipeline:
             if ended is not None:
                 waiting, q.measuring = q.measuring, None
                 self._measured(waiting, ended)
-        for worker in crew.compilers:
+        for worker in crew.pool.workers:
             if q.to_compile and worker not in q.compiling and not (self._alone and q.measuring):
                 place = crew.pool.choose(worker, [each.candidate for each in q.to_compile], mixed=self._mixed)
                 if place is None:
                     continue
                 q.compiling[worker] = waiting = q.to_compile[place]
                 del q.to_compile[place]
-                worker.start(self._compilation(waiting.candidate))
+                worker.start(crew.compiling(self._preparation.problem, waiting.candidate, self._described))
         if q.measuring is None and not self._loading and not (self._alone and q.compiling):
             q.measuring = self._next()
             if q.measuring is not None:
@@ -345,15 +350,6 @@ class Pipeline:
         if q.to_measure:
             return q.to_measure.popleft()
         return q.slow.popleft() if q.slow and not (q.to_compile or q.compiling or q.finished) else None
-
-    def _compilation(self, candidate: Candidate) -> Compiling:
-        return Compiling(
-            problem=self._preparation.problem,
-            candidate=candidate,
-            device=self._described,
-            limits=self._crew.limits,
-            setup=self._crew.setup,
-        )
 
     def _attempt(self, waiting: _Waiting) -> Attempting:
         candidate = waiting.candidate

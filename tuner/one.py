@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from tilewise.domain.config import Candidate
 from tilewise.domain.device import Device
 from tilewise.domain.errors import TuningError
@@ -14,7 +12,6 @@ from tilewise.kernels import device as devices
 from tilewise.kernels.backends import backend_named
 
 from .crew import Crew, Pipeline
-from .measuring import Preparation
 from .timing import Final
 from .tune import STAND_INS
 
@@ -34,14 +31,7 @@ def try_one(problem: Problem, candidate: Candidate, *, crew: Crew, rounds: int, 
     As in a tuning, another path stands in where torch's own choice is wrong. Raises ConfigError for an unknown backend,
     and TuningError where none of torch's paths is right.
     """
-    preparation = Preparation(
-        problem=problem,
-        device=str(crew.device),
-        reference=default_candidate(problem),
-        seed=seed,
-        threads=torch.get_num_threads(),
-        setup=crew.setup,
-    )
+    preparation = crew.preparation(problem, default_candidate(problem), seed=seed)
     pipeline, device = Pipeline(crew, preparation), devices.describe(crew.device)
     reason = backend_named(candidate.backend).supports(problem, device)
     if reason is not None:

@@ -33,7 +33,6 @@ from .crew import Crew, Pipeline, Tried
 from .hunt import Hunt, Role
 from .known import known
 from .ledger import Ledger, ratio_of
-from .measuring import Preparation
 from .neighbours import nearest
 from .progress import Reporter, Spent, silent
 from .timing import Final
@@ -130,7 +129,8 @@ class _Tuning:
     def run(self, claim: tuple[str, int] | None) -> Verdict:
         job, attempt = self._claim = claim or self._open_job()
         self._ends_job = claim is None
-        pipeline = Pipeline(self._crew, self._preparation(job, attempt))
+        preparation = self._crew.preparation(self._problem, self._baseline, seed=self._seed, job=job, attempt=attempt)
+        pipeline = Pipeline(self._crew, preparation)
         try:
             self._tell("prepare", pipeline)
             resumed = self._resume()
@@ -150,18 +150,6 @@ class _Tuning:
         )
         self._tell("done", pipeline)
         return verdict
-
-    def _preparation(self, job: str, attempt: int) -> Preparation:
-        return Preparation(
-            problem=self._problem,
-            device=str(self._crew.device),
-            reference=self._baseline,
-            seed=self._seed,
-            threads=torch.get_num_threads(),
-            job=job,
-            attempt=attempt,
-            setup=self._crew.setup,
-        )
 
     # what is tried
 
@@ -270,14 +258,11 @@ class _Tuning:
         for trial in self._ledger.trials.values():
             hunt.tell(trial)
 
-        def wants(backend: str) -> bool:
-            return pipeline.wants(backend) and not self._useless(backend)
-
         stale = 0
         while stale < self._budget.patience and self._seconds_left() > 0:
             self._meet(hunt)
             while self._ledger.count + pipeline.pending < self._budget.trials:
-                candidate = hunt.ask(self._ledger.best_of, wants)
+                candidate = hunt.ask(self._ledger.best_of, pipeline.wants)
                 if candidate is None:
                     break
                 pipeline.submit(candidate)
@@ -294,11 +279,6 @@ class _Tuning:
         grace = math.inf if self._named else allowance.grace(self._budget)  # who names backends waits for them
         for tried in pipeline.finish(grace=grace):
             self._keep(tried, pipeline)
-
-    def _useless(self, backend: str) -> bool:
-        """Whether not even the default of a backend can be run here: what it needs is broken."""
-        default = self._ledger.trials.get(self._default_of(backend))
-        return default is not None and default.outcome is Outcome.UNSUPPORTED
 
     def _meet(self, hunt: Hunt) -> None:
         """Take over what another tuner of this problem has tried meanwhile."""
