@@ -19,6 +19,7 @@ from tilewise.domain.errors import SettingsError, TuningError
 from tilewise.domain.problem import MAX_DECODE_Q_LEN, Dtype, Problem
 from tilewise.domain.trial import Outcome, now
 from tilewise.kernels import device as devices
+from tilewise.kernels.ahead import compiles_ahead
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.compilers import share_caches
 from tilewise.tuner.timing import clock_for
@@ -197,9 +198,9 @@ def _vet(
             continue
         for candidate in rivals(cell.problem, options, this):
             job = Job(cell.problem, candidate, whole=True)
-            without_device = ahead.compilable([(cell.problem, candidate)]) if _supported(job, this) else []
-            compiled += without_device
-            if not without_device and _cached(candidate.backend):
+            if compiles_ahead(candidate.backend):
+                compiled += [(cell.problem, candidate)] if _supported(job, this) else []
+            elif _cached(candidate.backend):
                 ranks[job] = -1
         for rank, candidate in enumerate(ours(cell.problem, known[cell.problem], options, this)):
             ranks[Job(cell.problem, candidate)] = rank

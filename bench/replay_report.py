@@ -73,12 +73,13 @@ def summarise(
         for contender in contenders
         if (mine := [run for run in runs if (run.landscape, run.contender) == (name, contender)])
     ]
-    hard = [landscape for landscape in landscapes if _described(landscape).default < SHARES[-1]]
+    described = tuple(map(_described, landscapes))
+    hard = [landscape for landscape, its in zip(landscapes, described, strict=True) if its.default < SHARES[-1]]
     return Report(
         command=command,
         compilers=compilers,
         most=most,
-        landscapes=tuple(map(_described, landscapes)),
+        landscapes=described,
         lines=tuple(lines),
         overall=_over("all", landscapes, runs),
         behind=_over("behind", hard, runs),
