@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tilewise.domain.trial import Outcome
 from tilewise.tuner import measuring
+from tilewise.tuner.compiling import Compiled, Compiling
 from tilewise.tuner.limits import Limits
-from tilewise.tuner.processes import Worker, wait_for
+from tilewise.tuner.processes import Ended, Worker, wait_for
 from tilewise.tuner.serving import Room, Task
 
 from . import fakes
@@ -106,6 +108,22 @@ def two_phases(room: Room) -> str:
     return "done"
 
 
+def run(worker: Worker, task: Task) -> Ended:
+    """Have a worker do `task`, and return how it ended."""
+    worker.start(task)
+    while (ended := worker.poll()) is None:
+        wait_for([worker])
+    return ended
+
+
+def compiled_by(worker: Worker, task: Compiling) -> Compiled:
+    """Have a worker compile, and return what came of it."""
+    ended = run(worker, task)
+    assert ended.outcome is Outcome.OK, ended.message
+    assert isinstance(ended.result, Compiled)
+    return ended.result
+
+
 def orphans(pids: "Connection[Any, Any]") -> None:
     """Start a worker that hangs with the interpreter's lock held, tell its process, and wait to be killed."""
     worker = Worker(Limits(), memory_gib=4, strict=True)
@@ -120,7 +138,5 @@ def orphans(pids: "Connection[Any, Any]") -> None:
 def ends(task: Task) -> None:
     """Have a worker do `task`, and end it."""
     worker = Worker(Limits(), memory_gib=2, strict=False)
-    worker.start(task)
-    while worker.poll() is None:
-        wait_for([worker])
+    run(worker, task)
     worker.stop()

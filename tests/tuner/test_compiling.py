@@ -13,9 +13,10 @@ from tilewise.domain.trial import Outcome
 from tilewise.kernels.backends import backend_named
 from tilewise.tuner.compiling import Compiled, Compiling
 from tilewise.tuner.limits import Limits
-from tilewise.tuner.processes import Ended, Worker, wait_for
+from tilewise.tuner.processes import Worker
 
 from ..kernels.test_backends import H200
+from .tasks import compiled_by
 
 PROBLEM = Problem.parse("inference.fp16.b2.h8.kv2.q1.k1024.d64")
 
@@ -39,14 +40,7 @@ def compiled(worker: Worker, folder: Path, shared_memory: int = H200.shared_memo
         limits=Limits(),
         setup=functools.partial(cache_in, str(folder)),
     )
-    worker.start(task)
-    ended: Ended | None = None
-    while ended is None:
-        wait_for([worker])
-        ended = worker.poll()
-    assert ended.outcome is Outcome.OK, ended.message
-    assert isinstance(ended.result, Compiled)
-    return ended.result
+    return compiled_by(worker, task)
 
 
 def test_what_is_compiled_ahead_is_found_by_another_process(worker: Worker, tmp_path: Path) -> None:

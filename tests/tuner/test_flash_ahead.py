@@ -22,9 +22,10 @@ from tilewise.kernels.backends.flash_cute import FlashCute
 from tilewise.tuner.compiling import Compiled, Compiling
 from tilewise.tuner.correctness import Checker
 from tilewise.tuner.limits import Limits
-from tilewise.tuner.processes import Ended, Worker, wait_for
+from tilewise.tuner.processes import Worker
 
 from ..kernels.test_backends import H200
+from .tasks import compiled_by, run
 
 # Keeps what it is asked for in the folder that is its cache while it is imported, a file for each.
 INTERFACE = """
@@ -122,17 +123,6 @@ def worker() -> Iterator[Worker]:
     one.stop()
 
 
-def run(worker: Worker, task: Compiling) -> Compiled:
-    worker.start(task)
-    ended: Ended | None = None
-    while ended is None:
-        wait_for([worker])
-        ended = worker.poll()
-    assert ended.outcome is Outcome.OK, ended.message
-    assert isinstance(ended.result, Compiled)
-    return ended.result
-
-
 def kept(folder: Path) -> dict[str, Any]:
     cache = folder / "home" / "cache" / "flash-attn-4"
     return {path.name.removesuffix(".json"): json.loads(path.read_text()) for path in cache.glob("*.json")}
@@ -149,7 +139,7 @@ def test_a_worker_asks_for_what_the_real_calls_will(worker: Worker, installed: P
         limits=Limits(),
         setup=functools.partial(set_up, str(installed)),
     )
-    assert run(worker, task) == Compiled(Outcome.OK)
+    assert compiled_by(worker, task) == Compiled(Outcome.OK)
     found = kept(installed)
     # the problem, unequal lengths, equal ones, and fewer keys; each with its gradients
     assert found.keys() == {f"{kind}.{q_len}" for kind in ("own", "bwd") for q_len in (512, 211, 173)}
@@ -166,11 +156,13 @@ def test_a_worker_asks_for_what_the_real_calls_will(worker: Worker, installed: P
 
     chosen = next(config for config in space if (config["tile_m"], config["tile_n"]) == (128, 96))
     inference = dataclasses.replace(PROBLEM, pass_=Pass.INFERENCE)
-    run(worker, dataclasses.replace(task, problem=inference, candidate=Candidate.of("flash_cute", forward=chosen)))
+    compiled_by(
+        worker, dataclasses.replace(task, problem=inference, candidate=Candidate.of("flash_cute", forward=chosen))
+    )
     assert kept(installed)["chosen.512"]["others"]["tile_mn"] == [128, 96]
 
     failing = Config.of(chosen.kernel, **{**chosen.as_dict(), "tile_m": 64, "tile_n": 64})
-    failed = run(worker, dataclasses.replace(task, candidate=Candidate.of("flash_cute", forward=failing)))
+    failed = compiled_by(worker, dataclasses.replace(task, candidate=Candidate.of("flash_cute", forward=failing)))
     assert (failed.outcome, failed.message) == (Outcome.COMPILE_FAILED, "RuntimeError: these tiles do not compile")
 
 
@@ -242,12 +234,10 @@ def test_what_is_compiled_ahead_is_found_by_the_real_calls(key: str, worker: Wor
         for config in (space.default, other):
             candidate = Candidate.of("flash_cute", forward=config)
             task = Compiling(problem=problem, candidate=candidate, device=described, limits=Limits(), setup=setup)
-            assert run(worker, task) == Compiled(Outcome.OK)
+            assert compiled_by(worker, task) == Compiled(Outcome.OK)
             compiled = sorted(tmp_path.rglob("*.o"))
             assert compiled
-            checking.start(Checking(problem, candidate, str(device), str(tmp_path)))
-            while (ended := checking.poll()) is None:
-                wait_for([checking])
+            ended = run(checking, Checking(problem, candidate, str(device), str(tmp_path)))
             assert ended.outcome is Outcome.OK, ended.message
             assert ended.result <= 1  # type: ignore[operator]
             assert sorted(tmp_path.rglob("*.o")) == compiled, "nothing was compiled again"

@@ -10,11 +10,10 @@ from tilewise.tuner import measuring
 from tilewise.tuner.crew import Crew
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.measuring import Preparation, Readying, no_setup
-from tilewise.tuner.processes import wait_for
 from tilewise.tuner.serving import Room
 
 from .fakes import CPU, TINY
-from .tasks import prepared
+from .tasks import prepared, run
 
 PREPARATION = Preparation(
     problem=TINY, device="cpu", reference=Candidate("sdpa"), seed=0, threads=torch.get_num_threads(), setup=no_setup
@@ -52,8 +51,5 @@ def test_tensors_are_made_once_for_all_jobs_and_references(monkeypatch: pytest.M
 def test_a_crew_makes_the_tensors_that_its_next_tuning_asks_for() -> None:
     with Crew(CPU, compilers=0) as crew:
         crew.begin(TINY, seed=0)
-        crew.measurer.start(prepared)
-        while (ended := crew.measurer.poll()) is None:
-            wait_for([crew.measurer])
-        assert ended.result == replace(PREPARATION, job="a", attempt=2).tensors
+        assert run(crew.measurer, prepared).result == replace(PREPARATION, job="a", attempt=2).tensors
         assert crew.measurer.started == 1

@@ -16,11 +16,11 @@ from tilewise.domain.trial import Outcome
 from tilewise.tuner import processes
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.printed import MESSAGE_LIMIT, TAIL_BYTES, Printed
-from tilewise.tuner.processes import Ended, Worker, wait_for
+from tilewise.tuner.processes import Worker, wait_for
 from tilewise.tuner.serving import Task
 
 from . import tasks
-from .tasks import Calls, Says
+from .tasks import Calls, Says, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,13 +30,6 @@ def worker() -> Iterator[Worker]:
     one = Worker(Limits(), memory_gib=2, strict=False)
     yield one
     one.stop()
-
-
-def run(worker: Worker, task: Task) -> Ended:
-    worker.start(task)
-    while (ended := worker.poll()) is None:
-        wait_for([worker])
-    return ended
 
 
 def test_a_worker_stays_warm_and_has_a_heart_that_beats(worker: Worker) -> None:
