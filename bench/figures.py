@@ -50,6 +50,8 @@ TRAINED = (
     "training.fp16.b2.h128.kv128.q2048.k2048.d56.causal",
 )
 TILEWISE = ("tilewise.cli.main",)
+# what the layers' columns may run beside our kernels; FlexAttention is none of them, and takes long to compile
+LAYER_PEERS = "sdpa,sdpa_cudnn,sdpa_flash,flash_cute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     """Return all steps in the order in which they are worth most; `card` names the files, `trinix` its folder."""
     forward = tuple(cell.problem.key for cell in _forward_cells())
     tunings = ("tilewise.bench.tunings", "--landscapes", str(landscape.FOLDER))
+    core = (*TILEWISE, "bench", "core", "--backends", LAYER_PEERS)
     layers = [*TILEWISE, "bench", "--row_seconds", ROW_SECONDS, *(("--trinix", trinix) if trinix else ())]
     found = [
         Step(
@@ -104,7 +107,7 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     for dtype, kept in (("float16", Dtype.FP16), ("bfloat16", Dtype.BF16)):
         cores = f"{card}_layer_cores_{dtype}"
         found += [
-            _kept("cores", (*TILEWISE, "bench", "core", *_problems(_cores(Chosen(dtype=kept)), "--only")), cores),
+            _kept("cores", (*core, *_problems(_cores(Chosen(dtype=kept)), "--only")), cores),
             _kept(
                 "layers",
                 (*layers, "--dtype", dtype, "--cores", str(RESULTS / f"{cores}.json")),
@@ -114,7 +117,7 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     swept, cores = Chosen(sweeps=tuple(SWEEPS)), f"{card}_sweep_cores"
     few = ("--configs", "2", "--alternatives", "0")
     found += [
-        _kept("sweeps", (*TILEWISE, "bench", "core", *_problems(_cores(swept), "--only"), *few), cores),
+        _kept("sweeps", (*core, *_problems(_cores(swept), "--only"), *few), cores),
         _kept(
             "sweeps",
             (*layers, "--dtype", "float16", *_problems(swept.sweeps, "--sweep"), "--cores", f"{RESULTS / cores}.json"),
