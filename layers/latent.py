@@ -13,6 +13,7 @@ from .masks import spelled_out
 from .norms import RMSNorm
 from .options import Options, check_sizes
 from .positions import Placed, Places, Positions, as_tensor, rope_of
+from .rotation import is_fresh, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +181,10 @@ class FastMultiHeadLatentAttention(FastAttention):
         self, query: torch.Tensor, latents: torch.Tensor, of_query: Places, of_key: Places
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return queries and latents with their rotary parts in their places."""
-        dims = self.dims
-        plain, rope = query.split((dims.nope, dims.rope), -1)
-        latent, shared = latents.split((dims.rank, dims.rope), -1)
-        placed = self.positions.place(rope, shared[:, :, None], of_query, of_key)
-        return torch.cat((plain, placed.query), -1), torch.cat((latent, placed.key[:, :, 0]), -1)
+        made = self.q_proj if self.q_rank is None else self.q_up_proj
+        fresh = is_fresh(query, made)
+        placed = self.positions.place(query, latents[:, :, None], of_query, of_key, in_place=fresh)
+        return placed.query, placed.key[:, :, 0]
 
     def _expanded(
         self, query: torch.Tensor, latents: torch.Tensor, asked: Asked, places: Places
@@ -194,8 +194,7 @@ class FastMultiHeadLatentAttention(FastAttention):
         key = self.k_up_proj(latent).unflatten(-1, (heads, dims.nope))
         value = self.v_up_proj(latent).unflatten(-1, (heads, dims.value))
         if self.decoupled:
-            shared = latents[:, :, None, dims.rank :].expand(-1, -1, heads, -1)
-            placed = Placed(query, torch.cat((key, shared), -1))
+            placed = Placed(query, joined(key, latents[..., dims.rank :]))
         else:
             if self.q_norm is not None and self.k_norm is not None:
                 query, key = self.q_norm(query), self.k_norm(key)

@@ -13,6 +13,7 @@ from torch import nn
 from tilewise.domain.errors import InputError
 
 from .rope_scaling import Scaling
+from .rotation import turned
 
 METHODS = ("none", "rope", "alibi")
 
@@ -54,8 +55,19 @@ class Positions:
     late = False
     on_keys = False
 
-    def place(self, query: torch.Tensor, key: torch.Tensor, of_query: Places, of_key: Places) -> Placed:  # noqa: ARG002
-        """Return queries (batch, q_len, heads, dim) and keys (batch, kv_len, kv_heads, dim) in their places."""
+    def place(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        of_query: Places,  # noqa: ARG002
+        of_key: Places,  # noqa: ARG002
+        *,
+        in_place: bool = False,  # noqa: ARG002
+    ) -> Placed:
+        """Return queries (batch, q_len, heads, dim) and keys (batch, kv_len, kv_heads, dim) in their places.
+
+        in_place: `query` may be overwritten; only where nothing records gradients.
+        """
         return Placed(query, key)
 
     def slopes(self, device: torch.device) -> torch.Tensor | None:  # noqa: ARG002
@@ -106,7 +118,15 @@ class Custom(Positions):
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
-    def place(self, query: torch.Tensor, key: torch.Tensor, of_query: Places, of_key: Places) -> Placed:
+    def place(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        of_query: Places,
+        of_key: Places,
+        *,
+        in_place: bool = False,  # noqa: ARG002
+    ) -> Placed:
         device = query.device
         found = self._module(query, key, as_tensor(of_query, device), as_tensor(of_key, device))
         if not (isinstance(found, tuple) and len(found) in (2, 3) and isinstance(found[0], torch.Tensor)):
@@ -126,8 +146,9 @@ class Custom(Positions):
 class Rope(Positions):
     """Pairs of a head's elements turned by an angle that grows with the position (Su et al. 2021, arXiv:2104.09864).
 
-    - dim: elements that are turned, an even number. Pair i is (i, i + dim / 2), as in Llama's weights of Hugging Face;
-      with `interleaved` it is (2 i, 2 i + 1), as in DeepSeek's, and the result has the halves one behind the other.
+    - dim: elements that are turned, an even number; of wider heads the last ones. Pair i is (i, i + dim / 2), as in
+      Llama's weights of Hugging Face; with `interleaved` it is (2 i, 2 i + 1), as in DeepSeek's, and the result has the
+      halves one behind the other.
     - max_seq_len: positions of the kept table; those beyond it are computed anew at each call.
 
     Angles are float64 and their cosines float32, whatever dtype the layer has; there are no buffers that .half() casts.
@@ -147,18 +168,14 @@ class Rope(Positions):
     def on_keys(self) -> bool:  # type: ignore[override]
         return True
 
-    def place(self, query: torch.Tensor, key: torch.Tensor, of_query: Places, of_key: Places) -> Placed:
+    def place(
+        self, query: torch.Tensor, key: torch.Tensor, of_query: Places, of_key: Places, *, in_place: bool = False
+    ) -> Placed:
         length = None
         if self.scaling.by_length:
             length = _length(query.device, of_query, of_key)
-        turned = self._turn(query, of_query, length)
-        return Placed(turned, self._turn(key, of_key, length))
-
-    def _turn(self, heads: torch.Tensor, places: Places, length: torch.Tensor | None) -> torch.Tensor:
-        """Return (batch, seq, heads, dim) turned, in its own dtype."""
-        cos, sin = (part.unsqueeze(-2) for part in self.table(places, heads.device, length))
-        first, second = (heads[..., ::2], heads[..., 1::2]) if self.interleaved else heads.chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(heads.dtype)
+        placed = turned(query, *self.table(of_query, query.device, length), pairs=self.interleaved, in_place=in_place)
+        return Placed(placed, turned(key, *self.table(of_key, key.device, length), pairs=self.interleaved))
 
     def table(
         self, places: Places, device: torch.device, length: torch.Tensor | None = None

@@ -13,7 +13,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "domain": (set(), set()),
     "kernels": ({"domain"}, {"torch", "triton", "pynvml"}),
     "client": ({"domain"}, {"httpx", "platformdirs", "cryptography"}),
-    "layers": ({"domain", "kernels", "client"}, {"torch"}),
+    "layers": ({"domain", "kernels", "client"}, {"torch", "triton"}),
     "db": ({"domain"}, {"sqlalchemy", "alembic", "cryptography"}),
     "tuner": ({"domain", "kernels", "db"}, {"torch", "optuna", "numpy"}),
     "api": (
