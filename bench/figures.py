@@ -107,7 +107,7 @@ def steps(card: str, trinix: str | None) -> tuple[Step, ...]:
     for dtype, kept in (("float16", Dtype.FP16), ("bfloat16", Dtype.BF16)):
         cores = f"{card}_layer_cores_{dtype}"
         found += [
-            _kept("cores", (*core, *_problems(_cores(Chosen(dtype=kept)), "--only")), cores),
+            _kept("cores", (*core, *_problems(_cores(Chosen(dtype=kept)), "--only"), "--configs", "4"), cores),
             _kept(
                 "layers",
                 (*layers, "--dtype", dtype, "--cores", str(RESULTS / f"{cores}.json")),
