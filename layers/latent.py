@@ -13,7 +13,7 @@ from .masks import spelled_out
 from .norms import RMSNorm
 from .options import Options, check_sizes
 from .positions import Placed, Places, Positions, as_tensor, rope_of
-from .rotation import is_fresh, joined
+from .rotation import gives_fresh, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +181,8 @@ class FastMultiHeadLatentAttention(FastAttention):
         self, query: torch.Tensor, latents: torch.Tensor, of_query: Places, of_key: Places
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return queries and latents with their rotary parts in their places."""
-        made = self.q_proj if self.q_rank is None else self.q_up_proj
-        fresh = is_fresh(query, made)
-        placed = self.positions.place(query, latents[:, :, None], of_query, of_key, in_place=fresh)
+        up = self.q_proj if self.q_rank is None else self.q_up_proj
+        placed = self.positions.place(query, latents[:, :, None], of_query, of_key, in_place=gives_fresh(up))
         return placed.query, placed.key[:, :, 0]
 
     def _expanded(

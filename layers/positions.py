@@ -66,7 +66,7 @@ class Positions:
     ) -> Placed:
         """Return queries (batch, q_len, heads, dim) and keys (batch, kv_len, kv_heads, dim) in their places.
 
-        in_place: `query` may be overwritten; only where nothing records gradients.
+        in_place: `query` may be overwritten, which is done where no gradient is recorded.
         """
         return Placed(query, key)
 

@@ -33,7 +33,7 @@ def turned(
 
     - cos, sin: float32 (1 or batch, seq, dim / 2).
     - pairs: pair i is (2 i, 2 i + 1) of what is turned, else (i, i + dim / 2), which it is in the result either way.
-    - in_place: `heads` may be overwritten; only where nothing records gradients.
+    - in_place: `heads` may be overwritten, which is done where no gradient is recorded.
     """
     return _turned(heads, cos, sin, _How(False, pairs, False), in_place)
 
@@ -48,14 +48,13 @@ def joined(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     return _join(own, shared)
 
 
-def is_fresh(result: torch.Tensor, module: nn.Module) -> bool:
-    """Whether `result`, which a call of `module` gave, is held by nobody else, so that it may be overwritten.
+def gives_fresh(module: nn.Module) -> bool:
+    """Whether what a call of `module` gave is held by nobody else, so that it may be overwritten.
 
-    So it is where the module is torch's Linear with nothing around it that sees results, and nothing records gradients.
+    So it is where the module is torch's Linear with nothing around it that sees results.
     """
     return not (
         torch.compiler.is_compiling()
-        or result.requires_grad
         or type(module) is not nn.Linear
         or type(module.weight) is not nn.Parameter
         or module._forward_hooks

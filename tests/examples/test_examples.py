@@ -6,8 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tilewise.layers import rotation
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu_as_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions come from torch's operators there; Triton's interpreter takes many times as long."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(rotation, "_runs_on", lambda _: False)
 
 
 def said(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str) -> str:

@@ -4,8 +4,13 @@ Without a GPU the kernels run in Triton's interpreter, which cuts what it rounds
 """
 
 import functools
+import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tilewise import FastMultiHeadLatentAttention
 from tilewise.layers import rope_kernel, rotation
 from tilewise.layers.base import FastAttention
 from tilewise.layers.rotation import joined, turned
@@ -149,6 +155,24 @@ def test_keys_get_their_shared_part(dtype: torch.dtype, heads: int, own: int, wi
     assert torch.equal(joined(*parts), in_torch(lambda: joined(*parts)))
 
 
+def test_they_compile_without_spills_and_with_wide_accesses(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    source = str(Path(__file__).parents[2] / "src")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("rope_offline.py"))],
+        env={**environment, "PYTHONPATH": source, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2 * 3 * 5
+    for name, stack, widths in found:
+        assert stack == 0, name
+        assert set(widths) <= {8, 16}, name
+
+
 # gradients
 
 
@@ -217,6 +241,9 @@ def test_transforms_get_the_operators_of_torch() -> None:
     close(torch.func.jvp(call, (given[0],), (given[1],))[1], wanted[1], torch.float32)
     squares = torch.func.grad(lambda x: call(x).square().sum())(given[0])
     torch.testing.assert_close(squares, 2 * given[0], rtol=1e-5, atol=1e-5)
+    leaf = given[0].clone().requires_grad_()  # of another gradient than the transform's
+    scaled = torch.func.vmap(lambda factor: factor * call(leaf))(torch.ones(3, device=DEVICE))
+    close(scaled[1], wanted[0], torch.float32)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(call(forward_ad.make_dual(given[0], given[1]))).tangent
     assert tangent is not None
@@ -422,16 +449,17 @@ def test_heads_of_real_sizes(dtype: torch.dtype, shape: tuple[int, int, int, int
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_latent_layer_of_real_sizes(dtype: torch.dtype, ran: Ran) -> None:
-    sizes = {"q_rank": 1536, "kv_rank": 512, "nope_head_dim": 128, "rope_head_dim": 64, "v_head_dim": 128}
-    layer = layer_of("decoupled", causal=True, **sizes).to("cuda", dtype)
-    x = rows(1000).to("cuda", dtype)
+    torch.manual_seed(0)
+    placed: dict[str, Any] = {"device": "cuda", "dtype": dtype}
+    layer = FastMultiHeadLatentAttention(1024, 128, q_rank=1536, kv_rank=512, causal=True, bias=False, **placed)
+    x, grad = normal(2, 1000, 1024, dtype=dtype), normal(2, 1000, 1024, dtype=dtype, seed=1) / 16
 
     def step() -> list[torch.Tensor]:
         with torch.inference_mode():
             inferred, cache = layer(x, use_cache=True)
             decoded = first(layer(x[:, :1], past_key_value=cache))
         out = first(layer(x))
-        return [inferred, decoded, out, *torch.autograd.grad(out.float().square().sum(), tuple(layer.parameters()))]
+        return [inferred, decoded, out.detach(), *torch.autograd.grad(out, tuple(layer.parameters()), grad)]
 
     found = step()
     assert True in ran
