@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.snapshot import Snapshot
 from tilewise.kernels.backends import BACKENDS
 from tilewise.kernels.call import Call
-from tilewise.layers import attention, resolve, session
+from tilewise.layers import attention, resolve, rotation, session
+
+from .turning import DEVICE, Turns
 
 Ran = list[Candidate]
 
@@ -75,3 +78,34 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
+    """Each turn by a kernel from here on, and whether it was in place."""
+    from tilewise.layers import rope_kernel
+
+    assert rotation._runs_on(torch.empty(0, device=DEVICE).device)
+    found: Turns = []
+    inner = rope_kernel.turn
+
+    def turn(source: torch.Tensor, result: torch.Tensor, *given: Any, **options: Any) -> None:
+        found.append(result is source)
+        inner(source, result, *given, **options)
+
+    monkeypatch.setattr(rope_kernel, "turn", turn)
+    return found
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that runs is an error."""
+    from tilewise.layers import rope_kernel
+
+    assert rotation._runs_on(torch.empty(0, device=DEVICE).device)
+
+    def failing(*_: object, **__: object) -> None:
+        raise AssertionError("the kernel ran")
+
+    monkeypatch.setattr(rope_kernel, "turn", failing)
+    monkeypatch.setattr(rope_kernel, "join", failing)
