@@ -14,6 +14,7 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.errors import TuningError
 from tilewise.domain.matching import default_candidate
+from tilewise.domain.peaks import moved_bytes
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
@@ -25,14 +26,16 @@ from .compile_pool import CompilePool, slow
 from .compiling import Compiled, Compiling
 from .known import KNOWN_FIRST, known
 from .limits import Limits
-from .measuring import Attempting, Judging, Loading, Preparation, Readying, Setup, Soaking, no_setup
-from .processes import Ended, Worker, stop_all, wait_for
+from .measuring import Attempting, Judging, Preparation, Readying, Setup, Soaking, no_setup
+from .processes import Ended, Worker, nothing, stop_all, wait_for
 from .trying import Judged, stage_of
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
 COMPILATIONS = 3.0  # times Backend.compile_seconds, on a busy machine
 NICE = 5  # of those that compile: who measures calls the device in time, and who searches comes to it
 MEMORY_SHARE = 0.8  # of the machine, for the process that measures
+# Two processes prepare a problem whose tensors take this share of the device at most: in float64 it is many times that.
+HEIR_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,18 +67,23 @@ class Crew:
     ) -> None:
         self.device, self.limits, self.setup = device, limits or Limits(), setup
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        memory = min(self.limits.memory_gib, MEMORY_SHARE * machine)
-        self.measurer = Worker(self.limits, memory_gib=memory, strict=device.type == "cpu")
+        self._memory = min(self.limits.memory_gib, MEMORY_SHARE * machine)
+        self.measurer = self._one_that_measures()
+        self._heir: Worker | None = None
+        self._heritage: tuple[str, ...] = ()  # backends that the heir imports, or has imported
         count = max(1, len(os.sched_getaffinity(0)) - 1) if compilers is None else compilers
         each = min(self.limits.compile_memory_gib, machine / (count + 1))
         self.pool = CompilePool([Worker(self.limits, memory_gib=each, strict=True, nice=NICE) for _ in range(count)])
         self._begun: tuple[Problem, int, tuple[str, ...]] | None = None
 
+    def _one_that_measures(self) -> Worker:
+        return Worker(self.limits, memory_gib=self._memory, strict=self.device.type == "cpu")
+
     def begin(self, problem: Problem, *, seed: int, backends: Sequence[str] = ()) -> None:
         """Have all processes started, and what a tuning of `problem` does first done, while others go on.
 
-        The process that measures makes tensors and float64 results and imports what it needs; the others compile the
-        default and the known configs of `backends`, all where empty. A tuning of that problem and seed finds it there.
+        The process that measures makes tensors and float64 results, and its heir too; the others compile the default
+        and the known configs of `backends`, all where empty. A tuning of that problem and seed finds it there.
         """
         if self._begun == (problem, seed, tuple(backends)):
             return
@@ -87,12 +95,49 @@ class Crew:
             if compiles_ahead(backend.name) and (not backends or backend.name in backends)
         ]
         preparation = self.preparation(problem, default_candidate(problem), seed=seed)
-        imports = tuple(backend.name for backend in ahead if slow(backend.name))
-        self.measurer.begin(Readying(preparation=preparation, limits=self.limits, imports=imports))
+        self.measurer.begin(Readying(preparation=preparation, limits=self.limits))
         if self.device.type == "cpu":  # there, nothing of ours compiles
             return
+        if moved_bytes(problem) <= HEIR_SHARE * described.memory_gib * 2**30:
+            self.bring_up(preparation, [backend.name for backend in ahead if slow(backend.name)])
         first = _foreseen(problem, described, ahead)
         self.pool.begin({candidate: self.compiling(problem, candidate, described) for candidate in first})
+
+    def bring_up(self, preparation: Preparation, backends: Sequence[str]) -> None:
+        """Have an heir to the process that measures: one that makes the tensors and imports what is slow to import.
+
+        Meanwhile the other measures what needs none of that; `succeed` lets the heir take its place.
+        """
+        if set(backends) <= set(self._heritage):
+            return
+        self._heritage = tuple(backends)
+        self._heir = self._one_that_measures()
+        self._heir.begin(Readying(preparation=preparation, limits=self.limits, imports=self._heritage))
+
+    def awaits(self, backend: str) -> bool:
+        """Whether an heir is to come that imports `backend`."""
+        return self._heir is not None and backend in self._heritage
+
+    def succeed(self) -> None:
+        """Let the heir, where there is one and it is ready, take the place of the process that measures, if that rests.
+
+        An heir that ended leaves things as they were: a trial imports what it needs.
+        """
+        if self._heir is None:
+            return
+        if not self._heir.busy:
+            self._heir.start(nothing)  # which it does once it is ready
+        if self.measurer.busy or (ended := self._heir.poll()) is None:
+            return
+        heir, self._heir = self._heir, None
+        if ended.outcome is Outcome.OK:
+            heir, self.measurer = self.measurer, heir
+        heir.stop()
+
+    @property
+    def measuring(self) -> tuple[Worker, ...]:
+        """The processes that may have something to tell: the one that measures, and its heir."""
+        return (self.measurer,) if self._heir is None else (self.measurer, self._heir)
 
     def preparation(
         self, problem: Problem, reference: Candidate, *, seed: int, job: str = "", attempt: int = 1
@@ -114,7 +159,7 @@ class Crew:
         return Compiling(problem=problem, candidate=candidate, device=device, limits=self.limits, setup=self.setup)
 
     def close(self) -> None:
-        stop_all([self.measurer, *self.pool.workers])
+        stop_all([*self.measuring, *self.pool.workers])
 
     def __enter__(self) -> Self:
         return self
@@ -179,8 +224,6 @@ class Pipeline:
         self._best_ratio = float("inf")
         self._deferred, self._patience = 0.0, float("inf")
         self._mixed = False  # whether any compile ahead that import nothing slow
-        self._loading = False
-        self._loaded: set[tuple[int, str]] = set()  # process of the measurer, backend
 
     def compare_with(self, reference: Candidate) -> None:
         """Take the ratios of what is tried from now on against `reference`."""
@@ -219,7 +262,8 @@ class Pipeline:
         q, pool = self._queues, self._crew.pool
         if self.compiles_ahead(backend):
             compiling = [each.candidate.backend for each in (*q.to_compile, *q.compiling.values())]
-            if slow(backend) and sum(map(slow, compiling)) > pool.slots(mixed=self._mixed):
+            awaiting = [each.candidate.backend for each in q.to_measure if not self._runs(each)]
+            if slow(backend) and sum(map(slow, (*compiling, *awaiting))) > pool.slots(mixed=self._mixed):
                 return False
             compiled, processes = sum(each.ahead for each in q.to_measure), len(pool.workers)
             return len(compiling) + max(0, compiled - processes) < processes + 1
@@ -238,7 +282,7 @@ class Pipeline:
     def finish(self, *, grace: float) -> Iterator[Tried]:
         """Forget what need not be tried, and yield the rest, and what is being measured, as it finishes.
 
-        What must be tried and is not compiled `grace` seconds from now is skipped.
+        What must be tried and is not compiled, or waits for an heir, `grace` seconds from now is skipped.
         """
         q, until = self._queues, time.monotonic() + grace
         self._forget(lambda each: not each.must)
@@ -247,8 +291,9 @@ class Pipeline:
                 yield q.finished.popleft()
                 continue
             if time.monotonic() >= until:
-                for each in self._forget(lambda each: each.ahead and not each.compiled):
-                    message = f"not compiled {grace:g} s after the end of the search; allow more seconds"
+                for each in self._forget(lambda each: each.ahead and not (each.compiled and self._runs(each))):
+                    what = "its package was not imported" if each.compiled else "not compiled"
+                    message = f"{what} {grace:g} s after the end of the search; allow more seconds"
                     self._finish(each, self.trial(each.candidate, Outcome.SKIPPED, message))
             self._go_on()
 
@@ -256,7 +301,7 @@ class Pipeline:
         """Forget and end everything that is on its way."""
         if self._queues.measuring is not None or self._crew.measurer.busy:
             self._crew.measurer.stop()
-            self._queues.measuring, self._loading = None, False
+            self._queues.measuring = None
         self._forget(lambda _: True)
         self._queues.finished.clear()
 
@@ -300,7 +345,7 @@ class Pipeline:
         """Start what can start; wait, for a moment, where nothing has finished."""
         self._advance()
         if not self._queues.finished:
-            wait_for([self._crew.measurer, *self._queues.compiling])
+            wait_for([*self._crew.measuring, *self._queues.compiling])
 
     def _advance(self) -> None:
         q, crew = self._queues, self._crew
@@ -309,8 +354,6 @@ class Pipeline:
             if ended is not None:
                 del q.compiling[worker]
                 self._compiled(waiting, ended)
-        if self._loading and crew.measurer.poll() is not None:  # however it ended: a trial tells what is wrong
-            self._loading = False
         if q.measuring is not None:
             ended = crew.measurer.poll()
             if ended is not None:
@@ -324,32 +367,26 @@ class Pipeline:
                 q.compiling[worker] = waiting = q.to_compile[place]
                 del q.to_compile[place]
                 worker.start(crew.compiling(self._preparation.problem, waiting.candidate, self._described))
-        if q.measuring is None and not self._loading and not (self._alone and q.compiling):
+        if q.measuring is None and not (self._alone and q.compiling):
+            crew.succeed()
             q.measuring = self._next()
             if q.measuring is not None:
                 crew.measurer.start(self._attempt(q.measuring))
-            else:
-                self._load()
-
-    def _load(self) -> None:
-        """Let the process that measures, while it waits, import what the next of the candidates that compile needs."""
-        measurer = self._crew.measurer
-        for each in self._queues.compiling.values():
-            backend = each.candidate.backend
-            if slow(backend) and (measurer.started, backend) not in self._loaded:
-                measurer.start(Loading(backend=backend, limits=self._crew.limits, setup=self._crew.setup))
-                self._loaded.add((measurer.started, backend))
-                self._loading = True
-                return
 
     def _next(self) -> _Waiting | None:
         """Return what is measured next. What is slow waits for its turn, and until whoever submits had a chance to."""
         q = self._queues
         if q.slow and time.monotonic() >= max(self._deferred, q.slow[0].since) + self._patience:
             return q.slow.popleft()
-        if q.to_measure:
-            return q.to_measure.popleft()
+        for each in q.to_measure:
+            if self._runs(each):
+                q.to_measure.remove(each)
+                return each
         return q.slow.popleft() if q.slow and not (q.to_compile or q.compiling or q.finished) else None
+
+    def _runs(self, waiting: _Waiting) -> bool:
+        """Whether the process that measures has what a candidate needs, or will have to import it."""
+        return not self._crew.awaits(waiting.candidate.backend)
 
     def _attempt(self, waiting: _Waiting) -> Attempting:
         candidate = waiting.candidate
@@ -429,8 +466,6 @@ class Pipeline:
 
     def _run(self, task: Judging | Soaking) -> Ended:
         worker = self._crew.measurer
-        while self._loading:
-            self._go_on()
         worker.start(task)
         while (ended := worker.poll()) is None:
             wait_for([worker])

@@ -1,6 +1,6 @@
 """The tasks of the measuring worker. Each brings all it needs, so that a fresh process goes on where another died."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -9,6 +9,7 @@ import torch
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Trial
+from tilewise.kernels.backend import Backend
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.compilers import share_caches
 
@@ -62,9 +63,7 @@ class Readying:
 
     def __call__(self, room: Room) -> None:
         _bench(room, self.preparation, self.limits)
-        for name in self.imports:
-            room.enter("load", self.limits.prepare)
-            backend_named(name).load()
+        _load(room, self.imports, self.limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +77,7 @@ class Attempting:
 
     def __call__(self, room: Room) -> Trial:
         with _at_bench(room, self.preparation, self.limits) as bench:
+            _load(room, [self.candidate.backend], self.limits)
             return bench.attempt(self.candidate, best_ratio=self.best_ratio, enter=room.enter, limits=self.limits)
 
 
@@ -92,6 +92,7 @@ class Soaking:
 
     def __call__(self, room: Room) -> Trial:
         with _at_bench(room, self.preparation, self.limits) as bench:
+            _load(room, [self.candidate.backend], self.limits)
             return bench.soak(self.candidate, calls=self.calls, enter=room.enter, limits=self.limits)
 
 
@@ -107,23 +108,10 @@ class Judging:
 
     def __call__(self, room: Room) -> Judged:
         with _at_bench(room, self.preparation, self.limits) as bench:
+            _load(room, [candidate.backend for candidate in self.candidates], self.limits)
             return bench.judge(
                 self.candidates, rounds=self.rounds, seconds=self.seconds, enter=room.enter, limits=self.limits
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
-    """Import what the calls of a backend need, before there is one."""
-
-    backend: str
-    limits: Limits
-    setup: Setup
-
-    def __call__(self, room: Room) -> None:
-        room.enter("load", self.limits.prepare)
-        self.setup()
-        backend_named(self.backend).load()
 
 
 _ready: tuple[Preparation, Bench] | None = None  # of one problem at a time: its tensors may fill half a device
@@ -137,6 +125,14 @@ def _at_bench(room: Room, preparation: Preparation, limits: Limits) -> Iterator[
         yield bench
     finally:
         room.broken = bench.broken
+
+
+def _load(room: Room, backends: Iterable[str], limits: Limits) -> None:
+    """Import what the calls of backends need, in a phase of its own: it may take longer than a check."""
+    for backend in map(backend_named, dict.fromkeys(backends)):
+        if type(backend).load is not Backend.load:
+            room.enter("load", limits.prepare)
+            backend.load()
 
 
 def _bench(room: Room, preparation: Preparation, limits: Limits) -> Bench:

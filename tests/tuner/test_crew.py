@@ -1,6 +1,11 @@
 """In which order candidates go through a crew, and what becomes of them when the search ends."""
 
+import dataclasses
+import functools
+import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,16 @@ from tilewise.tuner.measuring import Preparation
 from .fakes import FAKES, TINY, seen, set_up
 
 NEVER = float("inf")
+
+
+def behind(gate: str) -> None:
+    while not Path(gate).exists():
+        time.sleep(0.01)
+    set_up()
+
+
+def die() -> None:
+    os._exit(3)
 
 
 @pytest.fixture
@@ -92,7 +107,7 @@ def test_what_is_not_compiled_then_is_waited_for_a_little(pipeline: Pipeline) ->
     assert found["compiles"].message == "not compiled 0.3 s after the end of the search; allow more seconds"
 
 
-def test_the_process_that_measures_imports_while_it_waits(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_imports_what_it_needs(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen(monkeypatch, "loads")
     monkeypatch.setattr(FAKES["loads"], "compile_seconds", 1.0)
     pipeline.submit(Candidate("loads"))
@@ -102,11 +117,55 @@ def test_the_process_that_measures_imports_while_it_waits(pipeline: Pipeline, mo
     assert judged.final is not None
 
 
-def test_a_final_waits_for_what_is_imported(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def inheriting(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
+    """The pipeline's crew, to get an heir that imports `loads`."""
     seen(monkeypatch, "loads")
-    monkeypatch.setattr(FAKES["compile_hangs"], "compile_seconds", 1.0)
-    pipeline.submit(Candidate("compile_hangs"))
-    pipeline._go_on()
-    assert pipeline._loading
-    assert [*pipeline.finish(grace=0)] == []
+    monkeypatch.setattr(FAKES["loads"], "compile_seconds", 1.0)
+    crew = pipeline._crew
+    yield crew
+    for worker in crew.measuring:
+        worker.stop()
+    crew._heir, crew._heritage = None, ()
+
+
+def test_an_heir_takes_over_once_it_has_imported(pipeline: Pipeline, inheriting: Crew, tmp_path: Path) -> None:
+    first = inheriting.measurer
+    gate = tmp_path / "gate"
+    waiting = dataclasses.replace(pipeline._preparation, setup=functools.partial(behind, str(gate)))
+    inheriting.bring_up(waiting, ["loads"])
+    for name in ("loads", "sdpa", "plain"):
+        pipeline.submit(Candidate(name))
+    assert [pipeline.take(best_ratio=NEVER).trial.candidate.backend for _ in range(2)] == ["sdpa", "plain"]
+    assert inheriting.measurer is first
+    assert inheriting.awaits("loads")
+    assert not inheriting.awaits("sdpa")
+    gate.touch()
+    trial = pipeline.take(best_ratio=NEVER).trial
+    assert (trial.candidate, trial.outcome) == (Candidate("loads"), Outcome.OK)
+    assert inheriting.measurer is not first
+    assert first.pid is None
+    assert not inheriting.awaits("loads")
+    inheriting.bring_up(waiting, ["loads"])
+    assert inheriting.measuring == (inheriting.measurer,), "it has imported it"
+
+
+def test_the_end_of_a_search_does_not_wait_for_an_heir(pipeline: Pipeline, inheriting: Crew, tmp_path: Path) -> None:
+    never = dataclasses.replace(pipeline._preparation, setup=functools.partial(behind, str(tmp_path / "never")))
+    inheriting.bring_up(never, ["loads"])
+    pipeline.submit(Candidate("sdpa"), must=True)
+    pipeline.submit(Candidate("loads"), must=True)
+    found = {tried.trial.candidate.backend: tried.trial for tried in pipeline.finish(grace=1.0)}
+    assert {name: trial.outcome for name, trial in found.items()} == {"sdpa": Outcome.OK, "loads": Outcome.SKIPPED}
+    assert found["loads"].message == "its package was not imported 1 s after the end of the search; allow more seconds"
     assert pipeline.judge((Candidate("sdpa"), Candidate("plain")), rounds=15, seconds=5).final is not None
+
+
+def test_an_heir_that_dies_leaves_things_as_they_were(pipeline: Pipeline, inheriting: Crew) -> None:
+    first = inheriting.measurer
+    inheriting.bring_up(dataclasses.replace(pipeline._preparation, setup=die), ["loads"])
+    for name in ("sdpa", "loads"):
+        pipeline.submit(Candidate(name))
+    assert sorted(order(pipeline)) == ["loads", "sdpa"]
+    assert inheriting.measurer is first
+    assert inheriting.measuring == (first,)
