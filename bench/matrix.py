@@ -180,18 +180,19 @@ def jobs(
 
 
 def winning(archs: Sequence[str]) -> list[Job]:
-    """Return the winners kept under bench/results, for each architecture whose space has them.
+    """Return the winners kept under bench/results, for each architecture whose space has them, once for a kind.
 
     A parameter that is newer than a winner has the space's default.
     """
-    found = []
+    found: dict[tuple[object, ...], Job] = {}
     for (problem, role, config), arch in itertools.product(winners(RESULTS), archs):
         space = spaces(problem, DEVICES[arch]).get(role)
         if space is not None:
             whole = Config.of(config.kernel, **{**space.default.as_dict(), **config.as_dict()})
             if whole in space:
-                found.append(Job(problem=problem, role=role, arch=arch, config=whole, why="winner"))
-    return found
+                job = Job(problem=problem, role=role, arch=arch, config=whole, why="winner")
+                found.setdefault((role, arch, whole, kind(problem, role)), job)
+    return list(found.values())
 
 
 def corners(space: SearchSpace, problem: Problem, role: str, device: Device) -> list[Config]:

@@ -17,6 +17,7 @@ LOOKS = {
     "sdpa": ("#56B4E9", "v", ".."), "triton_default": ("#E69F00", "D", "xx"), "auto": ("#009E73", "*", ""),
     "trinix_pytorch": ("#999999", "P", ""), "trinix_triton": ("#CC79A7", "X", "\\\\"),
 }  # fmt: skip
+LEGEND_COLUMNS = 7  # at most: what the width holds
 DOTS_PER_INCH = 120
 SWEPT = {"seq_len": "sequence length", "hidden": "hidden size"}
 SHORT = {"mha": "MHA", "self": "Self", "gqa": "GQA", "mqa": "MQA", "latent": "Latent", "mla": "DeepSeek's"}
@@ -71,9 +72,10 @@ def _legend(drawn: Figure, panels: Iterable[Axes]) -> None:
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
+    lines = -(-len(found) // LEGEND_COLUMNS) or 1
     drawn.legend(
-        list(found.values()), list(found), loc="outside lower center", ncols=max(1, len(found)), frameon=False,
-        fontsize=9,
+        list(found.values()), list(found), loc="outside lower center", ncols=-(-len(found) // lines) or 1,
+        frameon=False, fontsize=9,
     )  # fmt: skip
 
 
