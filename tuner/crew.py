@@ -130,7 +130,7 @@ class Crew:
         if self.measurer.busy or (ended := self._heir.poll()) is None:
             return
         heir, self._heir = self._heir, None
-        if ended.outcome is Outcome.OK:
+        if ended.outcome is Outcome.OK and heir.started == 1:  # else it died, and a fresh process answered
             heir, self.measurer = self.measurer, heir
         heir.stop()
 

@@ -161,9 +161,15 @@ def test_the_end_of_a_search_does_not_wait_for_an_heir(pipeline: Pipeline, inher
     assert pipeline.judge((Candidate("sdpa"), Candidate("plain")), rounds=15, seconds=5).final is not None
 
 
-def test_an_heir_that_dies_leaves_things_as_they_were(pipeline: Pipeline, inheriting: Crew) -> None:
+@pytest.mark.parametrize("before", [False, True], ids=["while it is awaited", "before anybody asks"])
+def test_an_heir_that_dies_leaves_things_as_they_were(pipeline: Pipeline, inheriting: Crew, before: bool) -> None:
     first = inheriting.measurer
     inheriting.bring_up(dataclasses.replace(pipeline._preparation, setup=die), ["loads"])
+    if before:
+        heir = inheriting.measuring[1]
+        heir._arrived()
+        assert heir._live is not None
+        heir._live.process.join(20)
     for name in ("sdpa", "loads"):
         pipeline.submit(Candidate(name))
     assert sorted(order(pipeline)) == ["loads", "sdpa"]
