@@ -137,10 +137,11 @@ class FastMultiHeadLatentAttention(FastAttention):
                 f"latent attention makes keys and values of one latent, got a value {tuple(asked.value.shape)} besides "
                 "the key; give (query, key), or another layer"
             )
+        fresh = gives_fresh(self.q_proj if self.q_rank is None else self.q_up_proj)
         query, latents = self._queries(asked.query), self._latents(asked.key)
         places: Places = asked.of_key
         if self.decoupled and not self.positions.late:
-            query, latents = self._rotated(query, latents, asked.of_query, places)
+            query, latents = self._rotated(query, latents, asked.of_query, places, fresh)
         if self._keys_placed_late:
             rows = as_tensor(places, latents.device).expand(latents.shape[:2])
             (latents, rows), cache = self._cached(asked, latents, rows)
@@ -148,7 +149,7 @@ class FastMultiHeadLatentAttention(FastAttention):
         else:
             (latents,), cache = self._cached(asked, latents)
         if self.decoupled and self.positions.late:
-            query, latents = self._rotated(query, latents, asked.of_query, places)
+            query, latents = self._rotated(query, latents, asked.of_query, places, fresh)
         if self._absorbs(asked):
             out, lse = self._absorbed(query, latents, asked)
         else:
@@ -178,11 +179,10 @@ class FastMultiHeadLatentAttention(FastAttention):
         return torch.cat((self.kv_latent_norm(latent), shared), -1)
 
     def _rotated(
-        self, query: torch.Tensor, latents: torch.Tensor, of_query: Places, of_key: Places
+        self, query: torch.Tensor, latents: torch.Tensor, of_query: Places, of_key: Places, fresh: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries and latents with their rotary parts in their places."""
-        up = self.q_proj if self.q_rank is None else self.q_up_proj
-        placed = self.positions.place(query, latents[:, :, None], of_query, of_key, in_place=gives_fresh(up))
+        """Return queries, overwritten where they are `fresh`, and latents with their rotary parts in their places."""
+        placed = self.positions.place(query, latents[:, :, None], of_query, of_key, in_place=fresh)
         return placed.query, placed.key[:, :, 0]
 
     def _expanded(

@@ -4,7 +4,6 @@ Graphs being compiled, traced or transformed (torch.func, forward-mode gradients
 classes, and devices without Triton get the same in torch's operators.
 """
 
-import functools
 import importlib.util
 import logging
 import os
@@ -13,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 log = logging.getLogger("tilewise")
+_LINEAR = nn.Linear.forward  # torch's own
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,8 +41,8 @@ def turned(
 
 def joined(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """Return heads (batch, seq, heads, n + m): each one's own part (..., n), and behind it `shared` (batch, seq, m)."""
-    if not (_fused(own, shared) and own.dtype is shared.dtype and own.device == shared.device):
-        return torch.cat((own, shared.unsqueeze(-2).expand(*own.shape[:-1], -1)), -1)
+    if not (_ours(own, shared) and own.dtype is shared.dtype and own.device == shared.device):
+        return _joined_by_torch(own, shared)
     if torch.is_grad_enabled() and (own.requires_grad or shared.requires_grad):
         found: torch.Tensor = _Join.apply(own, shared)
         return found
@@ -49,13 +50,15 @@ def joined(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
 
 
 def gives_fresh(module: nn.Module) -> bool:
-    """Whether what a call of `module` gave is held by nobody else, so that it may be overwritten.
+    """Whether what the next call of `module` gives is held by nobody else, so that it may be overwritten.
 
-    So it is where the module is torch's Linear with nothing around it that sees results.
+    So it is where the module is torch's Linear with nothing around it that sees results. To be asked before the call:
+    a hook may remove itself in it.
     """
     return not (
         torch.compiler.is_compiling()
         or type(module) is not nn.Linear
+        or nn.Linear.forward is not _LINEAR
         or type(module.weight) is not nn.Parameter
         or module._forward_hooks
         or nn.modules.module._global_forward_hooks
@@ -68,7 +71,7 @@ def gives_fresh(module: nn.Module) -> bool:
 def _turned(
     heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How, in_place: bool = False
 ) -> torch.Tensor:
-    if not _fused(heads, cos, sin) or cos.requires_grad or sin.requires_grad:
+    if not _ours(heads, cos, sin) or cos.requires_grad or sin.requires_grad:
         return _turned_by_torch(heads, cos, sin, how)
     if torch.is_grad_enabled() and heads.requires_grad:
         found: torch.Tensor = _Turn.apply(heads, cos, sin, how)
@@ -85,6 +88,10 @@ def _turned_by_torch(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
     both = (first * cos - second * sin, second * cos + first * sin)
     made = (torch.stack(both, -1).reshape(part.shape) if how.to_pairs else torch.cat(both, -1)).to(heads.dtype)
     return torch.cat((heads[..., :rest], made), -1) if rest else made
+
+
+def _joined_by_torch(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    return torch.cat((own, shared.unsqueeze(-2).expand(*own.shape[:-1], -1)), -1)
 
 
 class _Turn(torch.autograd.Function):
@@ -116,6 +123,8 @@ class _Join(torch.autograd.Function):
 
 
 def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How, in_place: bool = False) -> torch.Tensor:
+    if _watched():
+        return _turned_by_torch(heads, cos, sin, how)
     from .rope_kernel import turn
 
     heads = _in_runs(heads)
@@ -125,6 +134,8 @@ def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How, 
 
 
 def _join(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    if _watched():
+        return _joined_by_torch(own, shared)
     from .rope_kernel import join
 
     return join(_in_runs(own), _in_runs(shared))
@@ -135,27 +146,52 @@ def _in_runs(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _fused(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors, on one device that runs them, and nothing looks on that would not see."""
+def _watched() -> bool:
+    """Whether a dispatch mode looks on, which would not see a kernel.
+
+    What autograd keeps is the same either way: a checkpoint may be computed again without the mode.
+    """
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def _ours(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these tensors, all on a device that runs them, and nothing is traced or transformed."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
         or not all(map(_is_plain, tensors))
     ) and _runs_on(tensors[0].device)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it has elements of a kind that kernels take, in memory of its own (one of many gradients has none)."""
+    """Whether it has elements of a kind that kernels take, as they stand in memory of its own.
+
+    One of many gradients has no memory; a view may stand for its elements' negatives or for zeros.
+    """
     plain = type(tensor) is torch.Tensor and tensor.dtype in DTYPES and tensor.numel() > 0
-    return plain and torch._C._has_storage(tensor)
+    return plain and not (tensor.is_neg() or tensor._is_zerotensor()) and torch._C._has_storage(tensor)
 
 
-@functools.lru_cache(maxsize=64)
+_known: dict[torch.device, bool] = {}
+
+
 def _runs_on(device: torch.device) -> bool:
-    """Whether the kernels run here, by trying: on a CPU in Triton's interpreter. A warning says where they should."""
+    """Whether the kernels run here, by trying them once; not now if now is a bad moment for that."""
+    known = _known.get(device)
+    if known is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            known = _known[device] = _tried_on(device)
+        except torch.OutOfMemoryError:
+            return False
+    return known
+
+
+def _tried_on(device: torch.device) -> bool:
+    """Whether the kernels run here: on a CPU in Triton's interpreter. A warning says where they should and do not."""
     if device.type == "cuda":
         old = torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0)
         if old or importlib.util.find_spec("triton") is None:
@@ -163,9 +199,11 @@ def _runs_on(device: torch.device) -> bool:
     elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return False
     try:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with _disable_current_modes(), torch.inference_mode(mode=False), torch.no_grad():
             heads, table = torch.zeros(1, 1, 1, 2, device=device), torch.ones(1, 1, 1, device=device)
             _turn(heads, table, table, _How(False, True, False))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no compiler for Triton's launchers, no ptxas, a driver that is too old
         log.warning("the kernel of rotary positions failed on %s, torch's operators run instead: %s", device, error)
         return False

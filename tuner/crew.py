@@ -70,7 +70,8 @@ class Crew:
         self._memory = min(self.limits.memory_gib, MEMORY_SHARE * machine)
         self.measurer = self._one_that_measures()
         self._heir: Worker | None = None
-        self._heritage: tuple[str, ...] = ()  # backends that the heir imports, or has imported
+        self._heritage: frozenset[str] = frozenset()  # backends that the heir imports
+        self._imported: tuple[int | None, frozenset[str]] = None, frozenset()  # process that measures, backends
         count = max(1, len(os.sched_getaffinity(0)) - 1) if compilers is None else compilers
         each = min(self.limits.compile_memory_gib, machine / (count + 1))
         self.pool = CompilePool([Worker(self.limits, memory_gib=each, strict=True, nice=NICE) for _ in range(count)])
@@ -95,6 +96,7 @@ class Crew:
             if compiles_ahead(backend.name) and (not backends or backend.name in backends)
         ]
         preparation = self.preparation(problem, default_candidate(problem), seed=seed)
+        self.part_with_heir()  # it has another problem's tensors
         self.measurer.begin(Readying(preparation=preparation, limits=self.limits))
         if self.device.type == "cpu":  # there, nothing of ours compiles
             return
@@ -108,11 +110,12 @@ class Crew:
 
         Meanwhile the other measures what needs none of that; `succeed` lets the heir take its place.
         """
-        if set(backends) <= set(self._heritage):
+        missing = frozenset(backends) - self._has_imported
+        if not missing:
             return
-        self._heritage = tuple(backends)
-        self._heir = self._one_that_measures()
-        self._heir.begin(Readying(preparation=preparation, limits=self.limits, imports=self._heritage))
+        self.part_with_heir()
+        self._heritage, self._heir = missing, self._one_that_measures()
+        self._heir.begin(Readying(preparation=preparation, limits=self.limits, imports=tuple(missing)))
 
     def awaits(self, backend: str) -> bool:
         """Whether an heir is to come that imports `backend`."""
@@ -123,21 +126,40 @@ class Crew:
 
         An heir that ended leaves things as they were: a trial imports what it needs.
         """
-        if self._heir is None:
+        if self._heir is None or self.measurer.busy:
             return
         if not self._heir.busy:
             self._heir.start(nothing)  # which it does once it is ready
-        if self.measurer.busy or (ended := self._heir.poll()) is None:
+        ended = self._heir.poll()
+        if ended is None:
             return
         heir, self._heir = self._heir, None
         if ended.outcome is Outcome.OK and heir.started == 1:  # else it died, and a fresh process answered
             heir, self.measurer = self.measurer, heir
+            self._imported = self.measurer.pid, self._heritage
         heir.stop()
+
+    def part_with_heir(self) -> None:
+        """Have one process on the device from now on: the heir, if it is ready, else the one that measures."""
+        self.succeed()
+        if self._heir is not None:
+            self._heir.stop()
+            self._heir = None
+
+    def has_run(self, backend: str) -> None:
+        """Note that the process that measures has imported what `backend` needs."""
+        self._imported = self.measurer.pid, self._has_imported | {backend}
+
+    @property
+    def _has_imported(self) -> frozenset[str]:
+        """Of the process that measures now; one that comes has imported nothing."""
+        process, backends = self._imported
+        return backends if process is not None and process == self.measurer.pid else frozenset()
 
     @property
     def measuring(self) -> tuple[Worker, ...]:
-        """The processes that may have something to tell: the one that measures, and its heir."""
-        return (self.measurer,) if self._heir is None else (self.measurer, self._heir)
+        """The processes that may have something to tell: the one that measures or, while it rests, its heir too."""
+        return (self.measurer,) if self._heir is None or self.measurer.busy else (self.measurer, self._heir)
 
     def preparation(
         self, problem: Problem, reference: Candidate, *, seed: int, job: str = "", attempt: int = 1
@@ -159,7 +181,8 @@ class Crew:
         return Compiling(problem=problem, candidate=candidate, device=device, limits=self.limits, setup=self.setup)
 
     def close(self) -> None:
-        stop_all([*self.measuring, *self.pool.workers])
+        heirs = [] if self._heir is None else [self._heir]
+        stop_all([self.measurer, *heirs, *self.pool.workers])
 
     def __enter__(self) -> Self:
         return self
@@ -269,7 +292,7 @@ class Pipeline:
             return len(compiling) + max(0, compiled - processes) < processes + 1
         if q.slow and slow(backend):
             return False
-        return not q.to_measure and q.measuring is None
+        return q.measuring is None and not any(map(self._runs, q.to_measure))
 
     def take(self, *, best_ratio: float) -> Tried:
         """Return the next finished trial; there must be one pending."""
@@ -311,6 +334,7 @@ class Pipeline:
         A final in which a process dies does not say whose fault it was: then each is called alone, and who dies or
         fails is named. Raises TuningError where nobody does.
         """
+        self._crew.part_with_heir()
         limits = self._limits(max((self._compile_seconds(each) for each in candidates), default=0.0))
         task = Judging(
             preparation=self._preparation, candidates=candidates, limits=limits, rounds=rounds, seconds=seconds
@@ -422,6 +446,7 @@ class Pipeline:
             assert isinstance(ended.result, Trial)
             if ended.result.outcome is Outcome.OK:
                 self._longest = max(self._longest, ended.result.seconds)
+                self._crew.has_run(waiting.candidate.backend)
             self._finish(waiting, ended.result)
             return
         self._refuse_unprepared(ended)

@@ -10,6 +10,7 @@ class Limits:
     - start: seconds until a new process answers; it imports torch, on a machine that may be busy.
     - prepare: seconds for the tensors and their float64 results, and for torch's own choice, which the rest is measured
       by.
+    - load: seconds for importing what a backend needs.
     - compile: seconds for compiling one candidate ahead.
     - check, measure: seconds for checking a candidate and for timing it. Where right candidates take long, the limit is
       ten times the longest; a backend that compiles when it is first called gets its `compile_seconds` on top.
@@ -19,6 +20,7 @@ class Limits:
 
     start: float = 300.0
     prepare: float = 900.0
+    load: float = 120.0
     compile: float = 120.0
     check: float = 20.0
     measure: float = 20.0

@@ -131,7 +131,7 @@ def _load(room: Room, backends: Iterable[str], limits: Limits) -> None:
     """Import what the calls of backends need, in a phase of its own: it may take longer than a check."""
     for backend in map(backend_named, dict.fromkeys(backends)):
         if type(backend).load is not Backend.load:
-            room.enter("load", limits.prepare)
+            room.enter("load", limits.load)
             backend.load()
 
 

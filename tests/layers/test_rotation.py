@@ -221,9 +221,9 @@ def test_many_gradients_at_once(turns: Turns) -> None:
 
 @pytest.fixture
 def tried_anew() -> Iterator[None]:
-    rotation._runs_on.cache_clear()
+    rotation._known.clear()
     yield
-    rotation._runs_on.cache_clear()
+    rotation._known.clear()
 
 
 @pytest.mark.usefixtures("tried_anew")
@@ -258,3 +258,32 @@ def test_heads_of_real_sizes(dtype: torch.dtype, shape: tuple[int, int, int, int
         close(turned(again, cos, sin, pairs=pairs, in_place=True), wanted, dtype)
     back = rotation._turned(wanted, cos, sin, rotation._How(True, False, pairs))
     torch.testing.assert_close(back, given, rtol=2 * ULP[dtype], atol=8 * ULP[dtype])
+
+
+@pytest.mark.usefixtures("tried_anew")
+def test_a_trial_without_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch, turns: Turns) -> None:
+    cos, sin = table(1, 5, 4)
+    heads = normal(2, 5, 6, 8)
+
+    def without_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("none is free")
+
+    with monkeypatch.context() as patch:
+        rotation._known.clear()
+        patch.setattr(rope_kernel, "turn", without_memory)
+        first = turned(heads, cos, sin, pairs=True)
+    assert turns == []
+    close(turned(heads, cos, sin, pairs=True), first, torch.float32)
+    assert turns == [False, False], "the trial, and the call"
+
+
+@pytest.mark.parametrize("kind", ["negatives", "zeros"])
+def test_views_that_stand_for_other_elements(kind: str) -> None:
+    cos, sin = table(1, 5, 4)
+    heads = normal(2, 5, 6, 8)
+    if kind == "negatives":
+        view, same = torch._neg_view(heads), -heads
+    else:
+        view, same = torch._efficientzerotensor(heads.shape, device=DEVICE), torch.zeros_like(heads)
+    assert torch.equal(turned(view, cos, sin, pairs=True), turned(same, cos, sin, pairs=True))
+    assert torch.equal(joined(view, heads[:, :, 0]), joined(same, heads[:, :, 0]))

@@ -1,9 +1,12 @@
 """Layers by the kernels of rotary positions against the same layers by torch's operators."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from tilewise import FastMultiHeadLatentAttention
 from tilewise.layers.base import FastAttention
@@ -77,8 +80,8 @@ class Remembering(torch.nn.Module):
         return self.given
 
 
-@pytest.mark.parametrize("how", ["hook", "adapter", "replaced", "global hook"])
-def test_queries_that_others_hold_stay_as_they_were(how: str, turns: Turns) -> None:
+@pytest.mark.parametrize("how", ["hook", "hook for once", "adapter", "replaced", "replaced class", "global hook"])
+def test_queries_that_others_hold_stay_as_they_were(how: str, turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = latent("paired")
     with torch.inference_mode():
         plain = first(layer(x))
@@ -90,6 +93,24 @@ def test_queries_that_others_hold_stay_as_they_were(how: str, turns: Turns) -> N
         adapter, removed = Remembering(up), None
         if how == "hook":
             removed = up.register_forward_hook(lambda _, __, out: held.append(out))
+        elif how == "hook for once":
+            handles: list[Any] = []
+
+            def once(_: object, __: object, out: torch.Tensor) -> None:
+                held.append(out)
+                handles[0].remove()
+
+            handles.append(up.register_forward_hook(once))
+        elif how == "replaced class":
+            of_class = torch.nn.Linear.forward
+
+            def recording(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+                out = of_class(module, x)
+                if module is up:
+                    held.append(out)
+                return out
+
+            monkeypatch.setattr(torch.nn.Linear, "forward", recording)
         elif how == "global hook":
             removed = torch.nn.modules.module.register_module_forward_hook(
                 lambda module, __, out: held.append(out) if module is up else None
@@ -107,6 +128,25 @@ def test_queries_that_others_hold_stay_as_they_were(how: str, turns: Turns) -> N
     torch.testing.assert_close(out, plain)
     assert turns
     assert True not in turns
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_checkpoint_with_a_mode_around_one_half_of_it(where: str, turns: Turns) -> None:
+    layer, x = latent("paired")
+
+    def gradients_of(out: torch.Tensor) -> list[torch.Tensor]:
+        return [*torch.autograd.grad(out.square().sum(), tuple(layer.parameters()))]
+
+    def mode(half: str) -> contextlib.AbstractContextManager[object]:
+        return FlopCounterMode(display=False) if half == where else contextlib.nullcontext()
+
+    wanted = gradients_of(first(layer(x)))
+    assert turns
+    with mode("forward"):
+        out = checkpoint(lambda given: first(layer(given)), x, use_reentrant=False)
+    with mode("backward"):
+        found = gradients_of(out)
+    assert_same(found, wanted)
 
 
 def test_under_autocast(turns: Turns) -> None:

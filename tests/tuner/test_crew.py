@@ -123,10 +123,10 @@ def inheriting(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     seen(monkeypatch, "loads")
     monkeypatch.setattr(FAKES["loads"], "compile_seconds", 1.0)
     crew = pipeline._crew
+    crew.measurer.stop()  # it may have imported it
     yield crew
-    for worker in crew.measuring:
-        worker.stop()
-    crew._heir, crew._heritage = None, ()
+    crew.part_with_heir()
+    crew.measurer.stop()
 
 
 def test_an_heir_takes_over_once_it_has_imported(pipeline: Pipeline, inheriting: Crew, tmp_path: Path) -> None:
@@ -148,6 +148,11 @@ def test_an_heir_takes_over_once_it_has_imported(pipeline: Pipeline, inheriting:
     assert not inheriting.awaits("loads")
     inheriting.bring_up(waiting, ["loads"])
     assert inheriting.measuring == (inheriting.measurer,), "it has imported it"
+    inheriting.measurer.stop()
+    pipeline.submit(Candidate("sdpa"))
+    pipeline.take(best_ratio=NEVER)
+    inheriting.bring_up(pipeline._preparation, ["loads"])
+    assert inheriting.awaits("loads"), "a fresh process has not"
 
 
 def test_the_end_of_a_search_does_not_wait_for_an_heir(pipeline: Pipeline, inheriting: Crew, tmp_path: Path) -> None:
@@ -158,7 +163,47 @@ def test_the_end_of_a_search_does_not_wait_for_an_heir(pipeline: Pipeline, inher
     found = {tried.trial.candidate.backend: tried.trial for tried in pipeline.finish(grace=1.0)}
     assert {name: trial.outcome for name, trial in found.items()} == {"sdpa": Outcome.OK, "loads": Outcome.SKIPPED}
     assert found["loads"].message == "its package was not imported 1 s after the end of the search; allow more seconds"
+    heir = inheriting.measuring[1]
     assert pipeline.judge((Candidate("sdpa"), Candidate("plain")), rounds=15, seconds=5).final is not None
+    assert heir.pid is None, "a final has the device to itself"
+
+
+def test_nobody_looks_at_an_heir_while_something_is_measured(
+    pipeline: Pipeline, inheriting: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beats would wake who waits for the trial, again and again."""
+    seen(monkeypatch, "hangs")
+    inheriting.bring_up(pipeline._preparation, ["loads"])
+    heir = inheriting.measuring[1]
+    pipeline.submit(Candidate("hangs"))
+    pipeline._go_on()
+    assert inheriting.measuring == (inheriting.measurer,)
+    rounds = 0
+    while pipeline._queues.measuring is not None:
+        pipeline._go_on()
+        rounds += 1
+    assert rounds < 1000
+    assert heir in (inheriting.measurer, *inheriting.measuring)
+
+
+def test_a_crew_that_goes_on_has_no_heir_of_another_problem(
+    inheriting: Crew, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    never = dataclasses.replace(pipeline._preparation, setup=functools.partial(behind, str(tmp_path / "never")))
+    inheriting.bring_up(never, ["loads"])
+    first, heir = inheriting.measuring
+    inheriting.begin(TINY, seed=1)
+    assert inheriting.measuring == (first,)
+    assert heir.pid is None
+
+
+def test_an_heir_in_the_place_of_another(inheriting: Crew, pipeline: Pipeline, tmp_path: Path) -> None:
+    never = dataclasses.replace(pipeline._preparation, setup=functools.partial(behind, str(tmp_path / "never")))
+    inheriting.bring_up(never, ["loads"])
+    heir = inheriting.measuring[1]
+    inheriting.bring_up(pipeline._preparation, ["loads", "compiles"])
+    assert heir.pid is None
+    assert inheriting.awaits("compiles")
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["while it is awaited", "before anybody asks"])
