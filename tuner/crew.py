@@ -16,7 +16,7 @@ from tilewise.domain.errors import TuningError
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.peaks import moved_bytes
 from tilewise.domain.problem import Problem
-from tilewise.domain.trial import Outcome, Trial
+from tilewise.domain.trial import Measurement, Outcome, Trial
 from tilewise.kernels import device as devices
 from tilewise.kernels.ahead import Footprint, compiles_ahead
 from tilewise.kernels.backend import Backend
@@ -250,7 +250,12 @@ class Pipeline:
 
     def compare_with(self, reference: Candidate) -> None:
         """Take the ratios of what is tried from now on against `reference`."""
-        self._preparation = replace(self._preparation, reference=reference)
+        self._preparation = replace(self._preparation, reference=reference, mode=None)
+
+    def time_as(self, measured: Measurement | None) -> None:
+        """Time from now on as the reference was timed, whichever process does it."""
+        if measured is not None:
+            self._preparation = replace(self._preparation, mode=measured.mode)
 
     def defer(self, seconds: float) -> None:
         """Let what compiles where it is measured wait behind all else, at most so long from now or its submission."""
@@ -447,6 +452,8 @@ class Pipeline:
             if ended.result.outcome is Outcome.OK:
                 self._longest = max(self._longest, ended.result.seconds)
                 self._crew.has_run(waiting.candidate.backend)
+                if waiting.candidate == self._preparation.reference:
+                    self.time_as(ended.result.measurement)
             self._finish(waiting, ended.result)
             return
         self._refuse_unprepared(ended)

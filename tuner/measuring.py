@@ -8,7 +8,7 @@ import torch
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
-from tilewise.domain.trial import Trial
+from tilewise.domain.trial import Mode, Trial
 from tilewise.kernels.backend import Backend
 from tilewise.kernels.backends import backend_named
 from tilewise.kernels.compilers import share_caches
@@ -32,6 +32,8 @@ class Preparation:
 
     - device: as torch spells it; threads: of torch, on a CPU part of what the device is.
     - job, attempt: what the trials are of.
+    - mode: how calls are timed, None for as the reference's calls say: a process that goes on where another ended, or
+      prepares while others compute, must not come to another conclusion.
     - setup: called first in every process that takes part, and importable by its name; it may register backends.
     """
 
@@ -42,12 +44,13 @@ class Preparation:
     threads: int
     job: str = ""
     attempt: int = 1
+    mode: Mode | None = None
     setup: Setup = no_setup
 
     @property
     def tensors(self) -> "Preparation":
-        """What the tensors depend on: the same for all jobs and references."""
-        return replace(self, reference=_NO_REFERENCE, job="", attempt=1)
+        """What the tensors depend on: the same for all jobs, references and modes."""
+        return replace(self, reference=_NO_REFERENCE, job="", attempt=1, mode=None)
 
 
 _NO_REFERENCE = Candidate("")
@@ -152,6 +155,8 @@ def _bench(room: Room, preparation: Preparation, limits: Limits) -> Bench:
             torch.cuda.set_device(device)
             torch.cuda.empty_cache()
         checker, clock = Checker(preparation.problem, device, seed=preparation.seed), clock_for(device)
-    bench = Bench(checker, clock, preparation.reference, job=preparation.job, attempt=preparation.attempt)
+    bench = Bench(
+        checker, clock, preparation.reference, job=preparation.job, attempt=preparation.attempt, mode=preparation.mode
+    )
     _ready = preparation, bench
     return bench

@@ -58,12 +58,21 @@ class Bench:
     the device keeps, or tensors that are no longer what they were.
     """
 
-    def __init__(self, checker: Checker, clock: Clock, reference: Candidate, *, job: str, attempt: int) -> None:
+    def __init__(
+        self,
+        checker: Checker,
+        clock: Clock,
+        reference: Candidate,
+        *,
+        job: str,
+        attempt: int,
+        mode: Mode | None = None,
+    ) -> None:
         self.checker = checker
         self.clock = clock
         self.reference = reference
         self.broken = False
-        self._replays: bool | None = None  # not known before the reference was called
+        self._replays = None if mode is None else mode is Mode.GRAPH  # not known before the reference was called
         self._job, self._attempt = job, attempt
         self._stage = stage_of(checker.main.call.problem)
 

@@ -204,6 +204,7 @@ class _Tuning:
             for candidate in self._defaults:
                 if candidate not in self._ledger.trials:
                     pipeline.submit(candidate, must=True)
+        pipeline.time_as(self._ledger.trials[self._baseline].measurement)  # of an earlier run, too
         self._start = time.monotonic()
         pipeline.defer(allowance.deferred(self._budget))
         self._ledger.begin("search")

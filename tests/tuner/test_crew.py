@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tilewise.domain.config import Candidate
-from tilewise.domain.trial import Outcome
+from tilewise.domain.trial import Mode, Outcome
 from tilewise.tuner.crew import Crew, Pipeline
 from tilewise.tuner.measuring import Preparation
 
@@ -71,6 +71,24 @@ def test_it_waits_until_the_search_had_a_chance_to_submit(pipeline: Pipeline) ->
     assert pipeline.take(best_ratio=NEVER).trial.candidate == Candidate("sdpa")
     pipeline.submit(Candidate("plain"))
     assert order(pipeline) == ["plain", "right"]
+
+
+def test_all_are_timed_as_the_reference_was(pipeline: Pipeline) -> None:
+    def mode() -> Mode | None:
+        return pipeline._preparation.mode
+
+    pipeline.submit(Candidate("plain"))
+    pipeline.take(best_ratio=NEVER)
+    assert mode() is None
+    pipeline.submit(Candidate("sdpa"))
+    measured = pipeline.take(best_ratio=NEVER).trial.measurement
+    assert measured is not None
+    assert mode() is measured.mode is Mode.EAGER
+    pipeline.time_as(dataclasses.replace(measured, mode=Mode.GRAPH))
+    pipeline.time_as(None)
+    assert mode() is Mode.GRAPH
+    pipeline.compare_with(Candidate("plain"))
+    assert mode() is None
 
 
 def test_what_compiles_ahead_is_wanted_whatever_else_waits(pipeline: Pipeline) -> None:

@@ -61,7 +61,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[Told], Bench]:
     """Return a bench by its clock; the clock learns who is called."""
     register(monkeypatch, right)
 
-    def made(clock: Told) -> Bench:
+    def made(clock: Told, mode: Mode | None = None) -> Bench:
         class Named(Bench):
             def step(self, candidate: Candidate) -> Step:
                 step = super().step(candidate)
@@ -72,7 +72,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[Told], Bench]:
 
                 return call
 
-        return Named(Checker(TINY, CPU, seed=0), clock, SDPA, job="", attempt=1)
+        return Named(Checker(TINY, CPU, seed=0), clock, SDPA, job="", attempt=1, mode=mode)
 
     return made
 
@@ -124,6 +124,15 @@ def test_calls_are_timed_otherwise(bench: Callable[[Told], Bench]) -> None:
     trial = bench(clock).attempt(FAKE, best_ratio=1.0)
     assert trial.measurement is not None
     assert (trial.measurement.mode, clock.replayed) == (Mode.EAGER, [])
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_calls_are_timed_as_it_was_said(bench: Callable[..., Bench], mode: Mode) -> None:
+    """Whatever the reference's calls say here."""
+    clock = Told(lambda _, __: 1.0, bound=mode is Mode.EAGER)
+    trial = bench(clock, mode).attempt(FAKE, best_ratio=1.0)
+    assert trial.measurement is not None
+    assert trial.measurement.mode is mode
 
 
 def test_who_writes_over_the_inputs_breaks_the_bench(
