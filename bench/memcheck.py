@@ -23,6 +23,7 @@ from tilewise.kernels.backends import hopper_spaces
 from tilewise.kernels.backends.triton import ROLES
 from tilewise.kernels.inputs import random_call
 from tilewise.kernels.triton_kernels.common import dropout_mask
+from tilewise.layers import rotation
 from tilewise.tuner.steps import GRADIENTS, results
 
 TOLERANCE = 1e-2  # of the largest element, at least of 1: float16 after sums over 50 keys
@@ -107,6 +108,25 @@ def worst(case: Case, device: torch.device) -> float:
     return max(_error(found[name], expected[name]) for name in expected)
 
 
+def of_layers(device: torch.device) -> Iterator[tuple[str, float]]:
+    """Yield each kernel of the layers with its largest error against torch's operators on a CPU, as `worst` has it."""
+    for heads, rest, half in ((3, 5, 7), (5, 0, 28)):
+        generator = torch.Generator().manual_seed(heads)
+        given = torch.randn(2, 37, heads, rest + 2 * half, generator=generator)
+        angles = torch.randn(1, 37, half, generator=generator)
+        for pairs in (False, True):
+            expected = rotation.turned_by_torch(given, angles.cos(), angles.sin(), pairs=pairs)
+            here = [each.to(device) for each in (given, angles.cos(), angles.sin())]
+            for in_place in (False, True):
+                found = rotation.turned(*here, pairs=pairs, in_place=in_place)
+                where = "in place" if in_place else "elsewhere"
+                yield f"turn_heads {where}: {heads} heads, {rest} + {2 * half}", _error(found.cpu(), expected.double())
+        shared = given[:, :, 0]
+        expected = torch.cat((given, shared[:, :, None].expand_as(given)), -1)
+        found = rotation.joined(given.to(device), shared.to(device))
+        yield f"join_heads: {heads} heads", _error(found.cpu(), expected.double())
+
+
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     finite = expected.isfinite()
     if not torch.equal(found.isfinite(), finite):
@@ -118,10 +138,16 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def main() -> None:
     device = devices.select()
     failed = 0
-    for case in cases(device):
-        error = worst(case, device)
+
+    def told(error: float, name: str) -> None:
+        nonlocal failed
         failed += not error <= TOLERANCE
-        print(f"{'ok' if error <= TOLERANCE else 'WRONG'}  {error:.1e}  {case.kernels}  {case.problem.key}", flush=True)
+        print(f"{'ok' if error <= TOLERANCE else 'WRONG'}  {error:.1e}  {name}", flush=True)
+
+    for case in cases(device):
+        told(worst(case, device), f"{case.kernels}  {case.problem.key}")
+    for name, error in of_layers(device):
+        told(error, name)
     if failed:
         sys.exit(f"{failed} cases are off by more than {TOLERANCE:g}")
 

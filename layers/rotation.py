@@ -39,6 +39,11 @@ def turned(
     return _turned(heads, cos, sin, _How(False, pairs, False), in_place)
 
 
+def turned_by_torch(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, pairs: bool) -> torch.Tensor:
+    """Return what `turned` returns, by torch's operators wherever it runs."""
+    return _turned_by_torch(heads, cos, sin, _How(False, pairs, False))
+
+
 def joined(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """Return heads (batch, seq, heads, n + m): each one's own part (..., n), and behind it `shared` (batch, seq, m)."""
     if not (_ours(own, shared) and own.dtype is shared.dtype and own.device == shared.device):

@@ -19,9 +19,16 @@ def test_every_kernel_has_a_case() -> None:
         assert name in kernels
 
 
+def test_the_kernels_of_layers_are_right() -> None:
+    found = dict(memcheck.of_layers(DEVICE))
+    assert {name.split()[0].rstrip(":") for name in found} == {"turn_heads", "join_heads"}
+    assert max(found.values()) < 1e-6
+
+
 def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     decoding = list(memcheck.cases(DEVICE))[-1:]
     monkeypatch.setattr(memcheck, "cases", lambda _: decoding)
+    monkeypatch.setattr(memcheck, "of_layers", lambda _: ())
     memcheck.main()
     assert capsys.readouterr().out.startswith("ok  ")
     monkeypatch.setattr(memcheck, "TOLERANCE", 0.0)
