@@ -21,6 +21,7 @@ from tilewise.kernels.backends import flash_cute_package as package
 from tilewise.kernels.backends.flash_cute import FlashCute
 from tilewise.tuner.compiling import Compiled, Compiling
 from tilewise.tuner.correctness import Checker
+from tilewise.tuner.crew import Crew, Pipeline
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.processes import Worker
 
@@ -80,6 +81,7 @@ FILES = {
     "flash_attn/cute/cache_utils.py": CACHE,
     **{f"{name}/__init__.py": "" for name in package.NEEDED},
 }
+SDPA = Candidate("sdpa")
 PROBLEM = Problem.parse("training.bf16.b2.h8.kv2.q512.k512.d64.causal")
 
 
@@ -243,6 +245,33 @@ def test_what_is_compiled_ahead_is_found_by_the_real_calls(key: str, worker: Wor
             assert sorted(tmp_path.rglob("*.o")) == compiled, "nothing was compiled again"
     finally:
         checking.stop()
+
+
+@pytest.mark.gpu
+def test_an_heir_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs no import of seconds is measured before; then the heir has the tensors and the package."""
+    for name in (package.ENABLED, package.FOLDER):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TILEWISE_HOME", str(tmp_path))
+    problem = Problem.parse("inference.fp16.b2.h8.kv2.q2048.k2048.d128.causal")
+    if package.absent() is not None:
+        return
+    with Crew(torch.device("cuda"), compilers=4) as crew:
+        crew.begin(problem, seed=0)
+        first, _ = crew.measuring
+        pipeline = Pipeline(crew, crew.preparation(problem, SDPA, seed=0))
+        default = FlashCute().default(problem, devices.describe(crew.device))
+        pipeline.submit(default)
+        pipeline.submit(SDPA)
+        before = pipeline.take(best_ratio=float("inf")).trial
+        assert (before.candidate, before.outcome) == (SDPA, Outcome.OK)
+        assert crew.measurer is first
+        after = pipeline.take(best_ratio=float("inf")).trial
+        assert (after.candidate, after.outcome) == (default, Outcome.OK), after.message
+        assert crew.measurer is not first
+        assert first.pid is None
+        final = pipeline.judge((SDPA, default), rounds=15, seconds=5).final
+        assert final is not None
 
 
 def _home(folder: str) -> None:
