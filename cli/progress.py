@@ -1,7 +1,10 @@
 """Shows a running tuning: a live line on a terminal, a plain log elsewhere."""
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
@@ -15,10 +18,14 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Called with every Progress; keeps the number of finished trials."""
+    """Called with every Progress; keeps the number of finished trials.
+
+    Raises KeyboardInterrupt where there was a Ctrl-C before: some code swallows it, while it imports for instance.
+    """
 
     def __init__(self, title: str) -> None:
         self.trials = 0
+        self.interrupted = False
         self._title = title
         self._bar: Bar | None = None
         self._logged = ""
@@ -37,6 +44,8 @@ class Watcher:
 
     def __call__(self, progress: "Progress") -> None:
         self.trials = progress.trials
+        if self.interrupted:
+            raise KeyboardInterrupt
         state = _state(progress)
         if self._bar is not None:
             self._bar.update(self._task, completed=progress.trials, total=progress.total, state=state)
@@ -53,9 +62,29 @@ class Watcher:
 def watching(title: str) -> Iterator[Watcher]:
     watcher = Watcher(title)
     try:
-        yield watcher
+        with _noting_interrupts(watcher):
+            yield watcher
     finally:
         watcher.stop()
+
+
+@contextlib.contextmanager
+def _noting_interrupts(watcher: Watcher) -> Iterator[None]:
+    """Let the watcher know of a Ctrl-C, which raises KeyboardInterrupt as ever; not where it does something else."""
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not plain or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        watcher.interrupted = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, noted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _state(progress: "Progress") -> str:

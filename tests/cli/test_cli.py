@@ -1,5 +1,6 @@
 """The command line as a person sees it: whole output, exit codes, and one clear line for everything that is wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from tilewise.cli import main as cli
+from tilewise.cli.progress import watching
 from tilewise.db.session import Database
 from tilewise.domain import codec
 from tilewise.domain.answer import Answer, Match
 from tilewise.domain.problem import Problem
+from tilewise.tuner.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "inference.fp32.b1.h2.kv2.q64.k64.d16.causal.window16"
@@ -224,20 +227,28 @@ def test_a_port_in_use(run: Cli) -> None:
     assert run.err.count("\n") == 1
 
 
+def _as_from_a_terminal() -> None:
+    """However the tests were started, behind a shell's & for instance."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'tilewise.db'}"
     problem = "inference.fp32.b1.h4.kv4.q512.k512.d32.causal.window64"
     command = [sys.executable, "-m", "tilewise.cli.main", "tune", "--problem", problem, "--device", "cpu"]
     command += ["--trials", "400", "--seconds", "250", "--backends", "cpu_tiled", "--db", url]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_as_from_a_terminal
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:  # the first line with a best candidate: a trial was kept
             if "best " in line:
                 break
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=60) == 1, rest
     said = re.search(r"interrupted: (\d+) finished trials of \S+ are kept in \S+; the same command goes on", rest)
     assert said is not None, rest
     with sqlite3.connect(tmp_path / "tilewise.db") as connection:
@@ -253,6 +264,25 @@ def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(tmp_path: Pat
         candidates = connection.execute("SELECT candidate_digest FROM trials WHERE outcome != 'unsupported'").fetchall()
     connection.close()
     assert len(candidates) == len(set(candidates)) == kept + 6
+
+
+def test_a_ctrl_c_that_was_swallowed_is_raised_with_the_next_trial() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with watching("one") as report:
+            report(Progress(phase="search", trials=1, failed=0, total=9, seconds_left=9.0))
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                report(Progress(phase="search", trials=2, failed=0, total=9, seconds_left=8.0))
+            assert report.trials == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with watching("two"):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_every_command_is_in_the_readme() -> None:
