@@ -41,13 +41,13 @@ def turned(
 
 def turned_by_torch(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, pairs: bool) -> torch.Tensor:
     """Return what `turned` returns, by torch's operators wherever it runs."""
-    return _turned_by_torch(heads, cos, sin, _How(False, pairs, False))
+    return _turned_plainly(heads, cos, sin, _How(False, pairs, False))
 
 
 def joined(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """Return heads (batch, seq, heads, n + m): each one's own part (..., n), and behind it `shared` (batch, seq, m)."""
     if not (_ours(own, shared) and own.dtype is shared.dtype and own.device == shared.device):
-        return _joined_by_torch(own, shared)
+        return _joined_plainly(own, shared)
     if torch.is_grad_enabled() and (own.requires_grad or shared.requires_grad):
         found: torch.Tensor = _Join.apply(own, shared)
         return found
@@ -77,14 +77,14 @@ def _turned(
     heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How, in_place: bool = False
 ) -> torch.Tensor:
     if not _ours(heads, cos, sin) or cos.requires_grad or sin.requires_grad:
-        return _turned_by_torch(heads, cos, sin, how)
+        return _turned_plainly(heads, cos, sin, how)
     if torch.is_grad_enabled() and heads.requires_grad:
         found: torch.Tensor = _Turn.apply(heads, cos, sin, how)
         return found
     return _turn(heads, cos, sin, how, in_place)
 
 
-def _turned_by_torch(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How) -> torch.Tensor:
+def _turned_plainly(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How) -> torch.Tensor:
     rest = heads.shape[-1] - 2 * cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     sin = -sin if how.back else sin
@@ -95,7 +95,7 @@ def _turned_by_torch(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
     return torch.cat((heads[..., :rest], made), -1) if rest else made
 
 
-def _joined_by_torch(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+def _joined_plainly(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     return torch.cat((own, shared.unsqueeze(-2).expand(*own.shape[:-1], -1)), -1)
 
 
@@ -129,7 +129,7 @@ class _Join(torch.autograd.Function):
 
 def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How, in_place: bool = False) -> torch.Tensor:
     if _watched():
-        return _turned_by_torch(heads, cos, sin, how)
+        return _turned_plainly(heads, cos, sin, how)
     from .rope_kernel import turn
 
     heads = _in_runs(heads)
@@ -140,7 +140,7 @@ def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: _How, 
 
 def _join(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     if _watched():
-        return _joined_by_torch(own, shared)
+        return _joined_plainly(own, shared)
     from .rope_kernel import join
 
     return join(_in_runs(own), _in_runs(shared))
