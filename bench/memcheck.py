@@ -116,7 +116,7 @@ def of_layers(device: torch.device) -> Iterator[tuple[str, float]]:
         angles = torch.randn(1, 37, half, generator=generator)
         for pairs in (False, True):
             expected = rotation.turned_by_torch(given, angles.cos(), angles.sin(), pairs=pairs)
-            here = [each.to(device) for each in (given, angles.cos(), angles.sin())]
+            here = [each.to(device, copy=True) for each in (given, angles.cos(), angles.sin())]
             for in_place in (False, True):
                 found = rotation.turned(*here, pairs=pairs, in_place=in_place)
                 where = "in place" if in_place else "elsewhere"
@@ -135,19 +135,18 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected.masked_fill(~finite, 0).abs().max().clamp(min=1))
 
 
-def main() -> None:
-    device = devices.select()
-    failed = 0
+def errors(device: torch.device) -> Iterator[tuple[str, float]]:
+    """Yield every case by name, with its largest error."""
+    for case in cases(device):
+        yield f"{case.kernels}  {case.problem.key}", worst(case, device)
+    yield from of_layers(device)
 
-    def told(error: float, name: str) -> None:
-        nonlocal failed
+
+def main() -> None:
+    failed = 0
+    for name, error in errors(devices.select()):
         failed += not error <= TOLERANCE
         print(f"{'ok' if error <= TOLERANCE else 'WRONG'}  {error:.1e}  {name}", flush=True)
-
-    for case in cases(device):
-        told(worst(case, device), f"{case.kernels}  {case.problem.key}")
-    for name, error in of_layers(device):
-        told(error, name)
     if failed:
         sys.exit(f"{failed} cases are off by more than {TOLERANCE:g}")
 

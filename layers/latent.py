@@ -137,7 +137,7 @@ class FastMultiHeadLatentAttention(FastAttention):
                 f"latent attention makes keys and values of one latent, got a value {tuple(asked.value.shape)} besides "
                 "the key; give (query, key), or another layer"
             )
-        fresh = gives_fresh(self.q_proj if self.q_rank is None else self.q_up_proj)
+        fresh = self.decoupled and gives_fresh(self.q_proj if self.q_rank is None else self.q_up_proj)
         query, latents = self._queries(asked.query), self._latents(asked.key)
         places: Places = asked.of_key
         if self.decoupled and not self.positions.late:
