@@ -287,11 +287,19 @@ def _sweep(rows: list[PageRow]) -> list[str]:
         lines.append(
             _line([
                 str(getattr(row.spec, spec.sweep)), _time(row.cell(BASELINE)),
-                *(_times(row.speedup(name)) for name in columns), _time(row.cell("auto")), _memory(row.cell(BASELINE)),
+                *(_speedup(row, name) for name in columns), _time(row.cell("auto")), _memory(row.cell(BASELINE)),
                 _memory(row.cell("auto")), _percent(savings),
             ])
         )  # fmt: skip
     return lines
+
+
+def _speedup(row: PageRow, backend: str) -> str:
+    """Return how many times as fast as the plain form a backend is; where that was not timed, its own time."""
+    speedup, cell = row.speedup(backend), row.cell(backend)
+    if speedup is None:
+        return _time(cell) + (" ms" if cell is not None and cell.layer is not None else "")
+    return _times(speedup)
 
 
 def memory_savings(row: PageRow) -> float | None:
