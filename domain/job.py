@@ -57,7 +57,7 @@ class Budget:
 BUDGETS = {
     budget.name: budget
     for budget in (
-        Budget(name="quick", trials=64, seconds=6, stretch=2.5, patience=40, finalists=4, rounds=60),
+        Budget(name="quick", trials=64, seconds=8, stretch=2.5, patience=40, finalists=4, rounds=60),
         Budget(name="normal", trials=320, seconds=34, stretch=2.5, patience=120, finalists=6, rounds=100),
         Budget(name="full", trials=4000, seconds=1800, patience=4000, finalists=8, rounds=200),
     )

@@ -122,7 +122,11 @@ def known(space: SearchSpace, problem: Problem) -> list[Config]:
     values = next((found for widest, found in sorted(by_width.items()) if width <= widest), ({},))
     default = space.default.as_dict()
     others = [{**values[0], name: type(default[name])(not default[name])} for name in OTHER_WAY if name in default]
-    others += [{**values[0], **each} for each in ONE_LOOP if "one_loop" in default]
+    one_loop = [{**values[0], **each} for each in ONE_LOOP if "one_loop" in default]
+    if problem.mask == "none":
+        others += one_loop
+    else:  # whose tiles one loop loads ahead
+        others = one_loop + others
     tried = [*values[:1], *others, *values[1:]]
-    found = [Config.of(space.kernel, **{**default, **each}) for each in tried]
+    found = dict.fromkeys(Config.of(space.kernel, **{**default, **each}) for each in tried)
     return [config for config in found if config in space and config != space.default]

@@ -1,6 +1,10 @@
 """tilewise doctor."""
 
+import importlib.util
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tilewise.domain.device import Device, DeviceKind
 from tilewise.domain.problem import Dtype, Problem
@@ -8,6 +12,8 @@ from tilewise.domain.software import Software
 
 from ..console import out, print_json, print_table
 from ..options import AsJson, DeviceName
+
+IMPORTED = ("torch", "triton", "sympy", "optuna", "sqlalchemy", "alembic", "cutlass")  # what a tuning waits for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +24,10 @@ class BackendReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What this machine has; `probe` is the problem that each backend was asked about."""
+    """What this machine has; `probe` is the problem that each backend was asked about.
+
+    `uncompiled` are folders of packages whose modules every process compiles to bytecode again.
+    """
 
     device: Device
     device_key: str
@@ -27,6 +36,7 @@ class Report:
     backends: tuple[BackendReport, ...]
     data_folder: str
     source: str
+    uncompiled: tuple[str, ...]
 
 
 def doctor(device: DeviceName = "auto", as_json: AsJson = False) -> None:
@@ -42,6 +52,13 @@ def doctor(device: DeviceName = "auto", as_json: AsJson = False) -> None:
         out.print(f"{name.removeprefix('kernel:'):<16}{version}", markup=False)
     out.print(f"data       {report.data_folder}", markup=False)
     out.print(f"answers    {report.source}", markup=False)
+    if report.uncompiled:
+        out.print(
+            "slow start modules without bytecode, compiled again by every process; compile them once:\n"
+            f"           python -m compileall -q {shlex.join(report.uncompiled)}",
+            markup=False,
+            soft_wrap=True,
+        )
     rows = [(item.name, "yes" if item.reason is None else "no", item.reason or "") for item in report.backends]
     print_table(f"\nbackends for {report.probe.key}", ("backend", "available", "reason"), rows)
 
@@ -71,4 +88,12 @@ def _examine(name: str) -> Report:
         ),
         data_folder=str(paths.data_dir()),
         source=settings.snapshot or settings.source or str(paths.embedded_snapshot_path()),
+        uncompiled=tuple(_uncompiled(IMPORTED)),
     )
+
+
+def _uncompiled(packages: Iterable[str]) -> list[str]:
+    """Return the folders of those packages whose modules have no bytecode, by the first module of each."""
+    specs = filter(None, map(importlib.util.find_spec, packages))
+    first = [Path(spec.origin) for spec in specs if spec.origin and spec.origin.endswith(".py")]
+    return [str(path.parent) for path in first if not Path(importlib.util.cache_from_source(path)).exists()]

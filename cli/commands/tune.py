@@ -59,20 +59,24 @@ def tune(
     from tilewise.tuner.processes import prestart
 
     prestart()  # it imports torch beside what is imported here
-    from tilewise.kernels import device as devices
-    from tilewise.tuner.crew import Crew
+    from tilewise.domain.collecting import uncollected
+
+    with uncollected():
+        from tilewise.kernels import device as devices
+        from tilewise.tuner.crew import Crew
 
     where = devices.select(device)
     with Crew(where) as crew:
         crew.begin(problems[0], seed=seed, backends=chosen)  # beside all that follows
-        from tilewise.bench.search_plot import plot as draw
-        from tilewise.db.session import Database
-        from tilewise.tuner.progress import process_began
-        from tilewise.tuner.tune import tune as run
+        with uncollected():
+            from tilewise.bench.search_plot import plot as draw
+            from tilewise.db.session import Database
+            from tilewise.tuner.progress import process_began
+            from tilewise.tuner.tune import tune as run
 
-        from ..progress import watching
-        from ..summary import lines
-        from ..verdicts import COLUMNS, row
+            from ..progress import watching
+            from ..summary import lines
+            from ..verdicts import COLUMNS, row
 
         since = began = process_began()
         verdicts = []

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tilewise.domain.collecting import uncollected
 from tilewise.domain.device import Device
 from tilewise.domain.errors import DeviceError
 
@@ -68,7 +69,7 @@ def version() -> str | None:
 @functools.cache
 def interface() -> Any:
     """Import the package, with its cache on disk, and return its interface. Raises ImportError."""
-    with _cache_on_disk():
+    with uncollected(), _cache_on_disk():
         return importlib.import_module("flash_attn.cute.interface")
 
 

@@ -219,6 +219,10 @@ def test_a_cell_that_does_not_fit_says_what_it_would_need() -> None:
     report = page_report.opened(Path("nowhere"), made.RUN).with_row(row)
     assert "needs 300 GiB" in page_report.page(report)
     assert "(307200)" in page_report.page(report)
+    auto = row.cell("auto")
+    assert auto is not None
+    assert auto.layer is not None
+    assert f"| {auto.layer.mean_ms:.3f} ± {auto.layer.std_ms:.3f} ms |" in page_report.page(report)
     assert page_report.memory_savings(row) == pytest.approx(1 - 0.25 / 300)
 
 

@@ -56,19 +56,28 @@ def test_winners_are_compared_inside_one_final() -> None:
     assert found.over_defaults == pytest.approx(0.9 / 0.5)  # the median winner's, over the faster default
     assert found.apart == pytest.approx(0.2)
     before = replace(found, compared=())
-    assert (before.of_optimum, before.over_defaults, before.apart) == (None, None, None)
+    assert (before.of_optimum, before.over_defaults, before.over_others, before.apart) == (None, None, None, None)
     assert replace(found, compared=found.compared[:4]).of_optimum is None
     failed = replace(row(tiled(128)), compared=found.compared)  # its winner was not right in the final
     assert (failed.of_optimum, failed.over_defaults, failed.apart) == (None, None, None)
-    (line,) = (
-        line for line in page(Report(command="c", device_key="d", rows=(found,))).splitlines() if "quick" in line
-    )
+    ours = replace(found, compared=(*found.compared, entry(tiled(8), 0.45, default=True)))
+    assert ours.over_defaults == pytest.approx(0.45 / 0.5)
+    assert ours.over_others == pytest.approx(0.9 / 0.5)
+    shown = page(Report(command="c", device_key="d", rows=(ours, replace(found, compared=(), budget="normal"))))
+    assert (
+        "Inference, quick, 1 of 1 problems, over the best default: geometric mean 0.900, worst 0.900; over the others' "
+        "best default: 1.800, worst 1.800."
+    ) in shown
+    assert "normal, 0 of 1" not in shown
+    lines = page(Report(command="c", device_key="d", rows=(found,))).splitlines()
+    line = next(each for each in lines if each.startswith(f"| {PROBLEM.key}"))
     assert line.split(" | ")[2:] == [
         "3",
         "11.0",
         "12.0",
         "1.0, 2.0, 5.5, 0.5, 2.0",
         "80.0%",
+        "1.800",
         "1.800",
         "20.0%",
         "0.1% |",

@@ -1,5 +1,6 @@
 """The command line as a person sees it: whole output, exit codes, and one clear line for everything that is wrong."""
 
+import compileall
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tilewise.cli import main as cli
+from tilewise.cli.commands import doctor
 from tilewise.cli.progress import watching
 from tilewise.db.session import Database
 from tilewise.domain import codec
@@ -142,6 +144,21 @@ def test_an_answer_that_nobody_measured_says_what_to_do(run: Cli) -> None:
     assert run("answer", KEY, "--device", "cpu") == 0
     assert "match      default, problem: " in run.out
     assert f"next       tilewise tune --problem {KEY}\n" in run.out
+
+
+def test_doctor_says_which_packages_every_process_compiles_again(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "slow_one"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "IMPORTED", ("slow_one", "absent_one"))
+    assert run("doctor", "--device", "cpu") == 0
+    assert f"python -m compileall -q {package}\n" in run.out
+    assert compileall.compile_dir(package, quiet=1)
+    assert run("doctor", "--device", "cpu") == 0
+    assert "compileall" not in run.out
 
 
 def test_doctor_says_why_a_backend_is_absent(run: Cli) -> None:
