@@ -45,6 +45,20 @@ class Says:
         return self.what, os.getpid()
 
 
+@dataclass(frozen=True)
+class Behind:
+    """Do what one of the fakes does, once a file is there."""
+
+    gate: str
+    fake: str
+
+    def __call__(self, room: Room) -> object:
+        room.enter("behind", 0.5)
+        while not os.path.exists(self.gate):
+            time.sleep(0.005)
+        return getattr(fakes, self.fake)(None)
+
+
 def state(_: Room) -> tuple[int, str, bool]:
     """Return how many threads of the system and of Python's there are, whether kernels are interpreted, and if torch
     is there already."""
