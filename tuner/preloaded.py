@@ -6,7 +6,7 @@ import os
 
 from tilewise.domain.collecting import uncollected
 
-with uncollected():
+with uncollected(for_good=True):
     from . import compiling, measuring  # noqa: F401
 
     with contextlib.suppress(ImportError):  # it is not installed everywhere

@@ -1,6 +1,7 @@
 """The garbage collector rests while something is imported, and is then as it was."""
 
 import gc
+import weakref
 
 import pytest
 
@@ -23,9 +24,26 @@ def test_the_collector_rests_within_and_is_then_as_it_was() -> None:
     assert gc.isenabled()
 
 
-def test_what_is_made_within_is_not_searched_again() -> None:
-    before = gc.get_freeze_count()
+class _Held:
+    """Something in a cycle, as a model with a hook of its own is."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_the_program_held_before_is_collected_when_it_is_dropped() -> None:
+    held = _Held()
+    there = weakref.ref(held)
     with uncollected():
+        pass
+    del held
+    gc.collect()
+    assert there() is None
+
+
+def test_for_good_what_is_there_is_not_searched_again() -> None:
+    before = gc.get_freeze_count()
+    with uncollected(for_good=True):
         kept: list[list[int]] = [[] for _ in range(1000)]
     try:
         assert gc.get_freeze_count() >= before + len(kept)
