@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -31,6 +31,8 @@ from .processes import Ended, Worker, nothing, stop_all, wait_for
 from .trying import Judged, stage_of
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
+TRIAL_CALLS = 12  # of a candidate or the reference that one trial takes, about
+FINAL_TRIALS = 3.0  # a final calls each finalist half as often again as a trial does; on a machine that may be busy
 COMPILATIONS = 3.0  # times Backend.compile_seconds, on a busy machine
 NICE = 5  # of those that compile: who measures calls the device in time, and who searches comes to it
 MEMORY_SHARE = 0.8  # of the machine, for the process that measures
@@ -257,6 +259,11 @@ class Pipeline:
         if measured is not None:
             self._preparation = replace(self._preparation, mode=measured.mode)
 
+    def heed(self, trials: Iterable[Trial]) -> None:
+        """Let limits be as long as what was right in these trials takes, though it was tried by another run."""
+        measured = [trial.measurement.median_ms for trial in trials if trial.measurement is not None]
+        self._longest = max([self._longest, *(TRIAL_CALLS * median / 1e3 for median in measured)])
+
     def defer(self, seconds: float) -> None:
         """Let what compiles where it is measured wait behind all else, at most so long from now or its submission."""
         self._deferred, self._patience = time.monotonic(), seconds
@@ -341,6 +348,8 @@ class Pipeline:
         """
         self._crew.part_with_heir()
         limits = self._limits(max((self._compile_seconds(each) for each in candidates), default=0.0))
+        longest = FINAL_TRIALS * self._longest * (len(candidates) + 1)
+        limits = replace(limits, measure=max(limits.measure, longest))
         task = Judging(
             preparation=self._preparation, candidates=candidates, limits=limits, rounds=rounds, seconds=seconds
         )
@@ -349,7 +358,9 @@ class Pipeline:
             assert isinstance(ended.result, Judged)
             return ended.result
         failures = [
-            trial for each in candidates if (trial := self._soaked(each, rounds, limits)).outcome is not Outcome.OK
+            trial
+            for each in candidates
+            if (trial := self._soaked(each, rounds, seconds, limits)).outcome is not Outcome.OK
         ]
         if not failures:
             raise TuningError(f"the final could not be held, though every finalist runs alone: {ended.message}")
@@ -489,8 +500,10 @@ class Pipeline:
 
     # the final
 
-    def _soaked(self, candidate: Candidate, calls: int, limits: Limits) -> Trial:
-        ended = self._run(Soaking(preparation=self._preparation, candidate=candidate, limits=limits, calls=calls))
+    def _soaked(self, candidate: Candidate, calls: int, seconds: float, limits: Limits) -> Trial:
+        ended = self._run(
+            Soaking(preparation=self._preparation, candidate=candidate, limits=limits, calls=calls, seconds=seconds)
+        )
         if ended.outcome is Outcome.OK:
             assert isinstance(ended.result, Trial)
             return ended.result
