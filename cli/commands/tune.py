@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..console import err, out, print_json, print_table
-from ..options import AsJson, Db, DeviceName, database_url
+from ..options import AsJson, Db, DeviceName, database_url, writable_folder
 
 if TYPE_CHECKING:
     from tilewise.domain.problem import Problem
@@ -140,6 +140,7 @@ def need_matplotlib(path: Path) -> None:
         raise SettingsError("--plot needs matplotlib: pip install 'tilewise[bench]'")
     if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
         raise SettingsError(f"--plot: expected a .png, .svg or .pdf file in a folder that exists, got {path}")
+    writable_folder(path.absolute().parent, "--plot")
 
 
 def _problems(models: list[str], keys: list[str], pass_: PassName, dtype: str, causal: bool) -> "list[Problem]":

@@ -190,6 +190,11 @@ def test_doctor_says_why_a_backend_is_absent(run: Cli) -> None:
             r"absent\.jsonl\.gz is no landscape .*; record one with `tilewise",
         ),
         (
+            ["landscape", "record", "--problem", KEY, "--backend", "cpu_tiled", "--output", f"{__file__}/x"],
+            2,
+            r"--output: nothing can be written in .*test_cli\.py/x: Not a directory",
+        ),
+        (
             ["landscape", "record", "--problem", KEY, "--backend", "triton", "--device", "cpu"],
             2,
             r"triton cannot compute \S+ here: needs a CUDA device",
