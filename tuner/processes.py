@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -42,7 +42,22 @@ def prestart() -> None:
     """Start the process that workers are forked from; it imports torch while the caller does other things."""
     _context.set_forkserver_preload(PRELOADED)
     with _environment():
-        forkserver.ensure_running()
+        resource_tracker.ensure_running()  # which lets through again what is held back
+        with _uninterrupted():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within, a process that is started never hears of Ctrl-C: it reaches the whole group, and we end what we started.
+
+    Python's server of forks is deaf to it by itself, but only once it has imported what it preloads.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -249,6 +249,16 @@ def test_a_port_in_use(run: Cli) -> None:
     assert run.err.count("\n") == 1
 
 
+def test_another_ctrl_c_at_the_end_leaves_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal, sys; from tilewise.cli.main import program; sys.argv = ['tilewise', '--version'];"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); program()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONPATH="src"), capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 def _as_from_a_terminal() -> None:
     """However the tests were started, behind a shell's & for instance."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -241,6 +241,13 @@ def test_what_killed_workers_leave_is_cleared_up_without_a_word() -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_ctrl_c_while_it_still_imports_reaches_no_worker() -> None:
+    script = "from tests.tuner import tasks; tasks.interrupts()"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_what_was_printed_is_found_across_chunks() -> None:
     printed = Printed()
     for chunk in (b"a.cpp:1: err", b"or: half of a line", b" and its end\n", b"z" * 5000):
