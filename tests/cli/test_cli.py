@@ -121,10 +121,16 @@ def test_one_candidate_is_tried_and_nothing_kept(run: Cli, home: Path) -> None:
 def test_a_candidate_that_is_not_right_is_said_to_be(run: Cli) -> None:
     assert run("try", KEY, "--candidate", '{"backend": "flash"}', "--device", "cpu") == 1
     assert run.out == "unsupported  flash: needs a CUDA device\n"
-    odd = {"backend": "cpu_tiled", "configs": {"forward": {"kernel": "cpu_tiled", "values": {"block_q": 32}}}}
+    values: dict[str, int] = {"block_q": 0, "block_k": 32, "heads_per_chunk": 1}
+    odd = {"backend": "cpu_tiled", "configs": {"forward": {"kernel": "cpu_tiled", "values": values}}}
     assert run("try", KEY, "--candidate", json.dumps(odd), "--device", "cpu") == 1
-    assert run.out.startswith("failed  cpu_tiled(block_q=32): ")
-    for text, says in (('{"backend"', "--candidate: "), ('{"backend": "none"}', "unknown backend 'none'")):
+    assert run.out.startswith("failed  cpu_tiled(block_k=32 block_q=0 heads_per_chunk=1): ")
+    del values["block_k"]
+    for text, says in (
+        ('{"backend"', "--candidate: "),
+        ('{"backend": "none"}', "unknown backend 'none'"),
+        (json.dumps(odd), "expected for forward a config of cpu_tiled with block_k, block_q, heads_per_chunk; got"),
+    ):
         assert run("try", KEY, "--candidate", text, "--device", "cpu") == 2
         assert says in run.err
 
