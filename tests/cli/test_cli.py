@@ -89,13 +89,26 @@ def test_tune_show_answer(run: Cli, home: Path) -> None:
 def test_tune_json_is_one_document(run: Cli) -> None:
     assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "3", "--seconds", "60", "--json") == 0
     document = json.loads(run.out)
-    assert set(document) == {"answers", "budget", "device", "device_key", "outcomes", "seconds", "software", "spent"}
+    keys = {"answers", "budget", "device", "device_key", "failed", "outcomes", "seconds", "software", "spent"}
+    assert (set(document), document["failed"]) == (keys, {})
     (spent,), (outcomes,) = document["spent"], document["outcomes"]
     assert min(spent["start"], spent["prepare"], spent["search"], spent["final"], spent["measure"]) > 0
     parts = spent["start"] + spent["prepare"] + spent["search"] + spent["final"]
     assert parts < document["seconds"] < parts + 2
     assert outcomes["ok"] == 4, "the default of every backend is tried that compiles in time"
     assert [item["problem"] for item in document["answers"]] == [KEY]
+
+
+def test_a_problem_that_cannot_be_tuned_keeps_no_other_from_it(run: Cli) -> None:
+    huge = "inference.fp32.b64.h64.kv64.q32768.k32768.d128"  # more than a process may have
+    arguments = ("tune", "--device", "cpu", "--trials", "3", "--seconds", "60", "--json", "--problem", huge)
+    assert run(*arguments, "--problem", KEY) == 1
+    document = json.loads(run.out)
+    assert [item["problem"] for item in document["answers"]] == [KEY]
+    assert list(document["failed"]) == [huge]
+    assert f"tilewise: {huge}: its tensors and their references cannot be computed: " in run.err
+    assert run(*arguments) == 1
+    assert run.out == ""
 
 
 def test_a_picture_of_the_search(run: Cli, tmp_path: Path) -> None:
