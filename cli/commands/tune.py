@@ -117,7 +117,7 @@ def tune(
                 since = time.monotonic()
                 verdicts.append(verdict)
                 if not as_json:
-                    out.print("\n".join(lines(verdict)), markup=False)
+                    out.print("\n".join(lines(verdict, chosen)), markup=False)
                 if plot is not None:
                     path = plot if len(problems) == 1 else plot.with_stem(f"{plot.stem}-{number}")
                     draw(verdict.answer, verdict.trials, path)

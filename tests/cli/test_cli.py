@@ -99,6 +99,12 @@ def test_tune_json_is_one_document(run: Cli) -> None:
     assert [item["problem"] for item in document["answers"]] == [KEY]
 
 
+def test_tune_says_why_a_named_backend_is_not_tried(run: Cli) -> None:
+    assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "2", "--backends", "triton") == 0
+    assert "\n  triton: needs a CUDA device\n" in run.out
+    assert "flash" not in run.out
+
+
 def test_a_problem_that_cannot_be_tuned_keeps_no_other_from_it(run: Cli) -> None:
     huge = "inference.fp32.b64.h64.kv64.q32768.k32768.d128"  # more than a process may have
     arguments = ("tune", "--device", "cpu", "--trials", "3", "--seconds", "60", "--json", "--problem", huge)
