@@ -236,8 +236,8 @@ class Pipeline:
     What takes long to compile and does it where it is measured waits until there is nothing else, but not for ever
     (`defer`): meanwhile nothing could be measured.
 
-    A process that dies or is ended costs the trial it was at; the next one is for a fresh process. Raises TuningError
-    where the tensors and their references cannot be prepared.
+    A process that dies or is ended costs the trial it was at; the next one is for a fresh process, and so is the same
+    one where it had not begun. Raises TuningError where the tensors and their references cannot be prepared.
     """
 
     def __init__(self, crew: Crew, preparation: Preparation) -> None:
@@ -246,6 +246,7 @@ class Pipeline:
         self._alone = self._described.kind is DeviceKind.CPU  # compiling and measuring share the cores
         self._queues = _Queues()
         self._longest = 0.0  # seconds of a right candidate
+        self._deaths = 0  # in a row, of processes that had not prepared the problem yet
         self._best_ratio = float("inf")
         self._deferred, self._patience = 0.0, float("inf")
         self._mixed = False  # whether any compile ahead that import nothing slow
@@ -460,6 +461,7 @@ class Pipeline:
     def _measured(self, waiting: _Waiting, ended: Ended) -> None:
         if ended.outcome is Outcome.OK:
             assert isinstance(ended.result, Trial)
+            self._deaths = 0
             if ended.result.outcome is Outcome.OK:
                 self._longest = max(self._longest, ended.result.seconds)
                 self._crew.has_run(waiting.candidate.backend)
@@ -467,13 +469,23 @@ class Pipeline:
                     self.time_as(ended.result.measurement)
             self._finish(waiting, ended.result)
             return
-        self._refuse_unprepared(ended)
-        self._finish(waiting, self.trial(waiting.candidate, ended.outcome, ended.message, ended.seconds))
+        if self._again(ended):
+            self._queues.to_measure.appendleft(waiting)
+        else:
+            self._finish(waiting, self.trial(waiting.candidate, ended.outcome, ended.message, ended.seconds))
 
-    def _refuse_unprepared(self, ended: Ended) -> None:
-        if ended.phase in ("start", "prepare"):
+    def _again(self, ended: Ended) -> bool:
+        """Whether a task that ended badly is for a fresh process: the one it had died before it came to the candidate.
+
+        Raises TuningError where that happens twice in a row, or where it could not prepare the problem.
+        """
+        unprepared = ended.phase in ("start", "prepare")
+        died = unprepared and ended.outcome is Outcome.WORKER_DIED
+        if unprepared and not (died and self._deaths == 0):
             key = self._preparation.problem.key
             raise TuningError(f"{key}: its tensors and their references cannot be computed: {ended.message}")
+        self._deaths = int(died)
+        return died
 
     def _finish(self, waiting: _Waiting, trial: Trial) -> None:
         trial = replace(trial, seconds=trial.seconds + waiting.compile_seconds)
@@ -511,9 +523,9 @@ class Pipeline:
 
     def _run(self, task: Judging | Soaking) -> Ended:
         worker = self._crew.measurer
-        worker.start(task)
-        while (ended := worker.poll()) is None:
-            wait_for([worker])
-        if ended.outcome is not Outcome.OK:
-            self._refuse_unprepared(ended)
-        return ended
+        while True:
+            worker.start(task)
+            while (ended := worker.poll()) is None:
+                wait_for([worker])
+            if ended.outcome is Outcome.OK or not self._again(ended):
+                return ended
