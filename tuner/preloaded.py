@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 
 from tilewise.domain.collecting import uncollected
@@ -11,6 +12,8 @@ with uncollected():
 
     with contextlib.suppress(ImportError):  # it is not installed everywhere
         import triton  # noqa: F401
+
+gc.freeze()  # nor do workers search it, and so write to pages that they share
 
 # It holds stdout open, and whoever reads that to its end would wait until torch is taken down; it has nothing to end.
 atexit.register(os._exit, 0)
