@@ -1,7 +1,6 @@
 """What the process that workers are forked from imports. Every worker waits for it, so there is nothing else in it."""
 
 import atexit
-import contextlib
 import gc
 import os
 
@@ -9,9 +8,6 @@ from tilewise.domain.collecting import uncollected
 
 with uncollected():
     from . import compiling, measuring  # noqa: F401
-
-    with contextlib.suppress(ImportError):  # it is not installed everywhere
-        import triton  # noqa: F401
 
 gc.freeze()  # nor do workers search it, and so write to pages that they share
 
