@@ -6,13 +6,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected(*, for_good: bool = False) -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Within, nothing is searched for garbage: what an import makes stays, and searching it takes up to a third longer.
 
-    A thread that is within keeps the others' garbage, too.
-
-    - for_good: whatever is there afterwards is left out of every later search. Only for a process of ours alone: of
-      what another program holds by then, a model say, nothing would be found when it is dropped.
+    It is for imports only: garbage of other threads stays, too, until the first search afterwards.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -20,6 +17,4 @@ def uncollected(*, for_good: bool = False) -> Iterator[None]:
         yield
     finally:
         if enabled:
-            if for_good:
-                gc.freeze()
             gc.enable()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tilewise.domain.collecting import uncollected
 from tilewise.domain.config import Candidate
 from tilewise.domain.problem import Problem
 from tilewise.domain.trial import Mode, Trial
@@ -67,8 +66,7 @@ class Readying:
 
     def __call__(self, room: Room) -> None:
         _bench(room, self.preparation, self.limits)
-        with uncollected(for_good=bool(self.imports)):  # a fresh process, with nothing tried yet that could be garbage
-            _load(room, self.imports, self.limits)
+        _load(room, self.imports, self.limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

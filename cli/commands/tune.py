@@ -64,14 +64,14 @@ def tune(
     prestart()  # it imports torch beside what is imported here
     from tilewise.domain.collecting import uncollected
 
-    with uncollected(for_good=True):
+    with uncollected():
         from tilewise.kernels import device as devices
         from tilewise.tuner.crew import Crew
 
     where = devices.select(device)
     with Crew(where) as crew:
         crew.begin(problems[0], seed=seed, backends=chosen)  # beside all that follows
-        with uncollected(for_good=True):
+        with uncollected():
             from tilewise.bench.search_plot import plot as draw
             from tilewise.db.session import Database
             from tilewise.domain.errors import TuningError, UnsupportedError
