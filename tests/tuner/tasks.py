@@ -161,7 +161,7 @@ def ends(task: Task) -> None:
 def interrupts() -> None:
     """Send Ctrl-C to the process that workers are forked from as soon as there is one, and have a worker do a task."""
     processes.prestart()
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     os.kill(server._forkserver_pid, signal.SIGINT)
     before = server._forkserver_pid
     ends(Says(1))
