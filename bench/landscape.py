@@ -5,6 +5,8 @@ The first line of a file is its Header, each other line a Point. The files lie i
 
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -123,12 +125,15 @@ def save(landscape: Landscape, folder: Path) -> Path:
 
 
 def load(path: Path) -> Landscape:
-    """Read a landscape. Raises SettingsError for a file that is none."""
+    """Read a landscape. Raises SettingsError for a file that is none, or has no config that is right."""
     try:
         lines = gzip.decompress(path.read_bytes()).splitlines()
         header = codec.from_json(Header, json.loads(lines[0]))
         points = tuple(codec.from_json(Point, json.loads(line)) for line in lines[1:])
-    except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
+        ratios = [point.ratio for point in points if point.ratio is not None]
+        if not ratios or not 0 < min(ratios) <= max(ratios) < math.inf:
+            raise ValueError("its configs have no ratios, or none that can be")
+    except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError, zlib.error) as error:
         raise SettingsError(f"{path} is no landscape ({error}); record one with `tilewise landscape record`") from error
     return Landscape(header, points)
 

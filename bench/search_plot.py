@@ -11,7 +11,7 @@ from tilewise.domain.trial import Outcome, Trial
 def plot(answer: Answer, trials: Sequence[Trial], path: Path) -> None:
     """Write a picture of `trials`, in the order in which they ended, with what won; ratios to torch's own choice.
 
-    What failed is marked at the upper edge.
+    What failed is marked at the upper edge, and so is what is much slower than the rest.
     """
     import matplotlib
 
@@ -25,15 +25,21 @@ def plot(answer: Answer, trials: Sequence[Trial], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for color, backend in enumerate(dict.fromkeys(trial.candidate.backend for trial in ordered)):
         mine = [(n, ratio) for n, (t, ratio) in enumerate(zip(ordered, ratios, strict=True), 1) if _of(t, backend)]
-        right = [(n, min(ratio, top)) for n, ratio in mine if ratio is not None]
+        right = [(n, ratio) for n, ratio in mine if ratio is not None and ratio <= top]
+        slow = [(n, top) for n, ratio in mine if ratio is not None and ratio > top]
         failed = [(n, top) for n, ratio in mine if ratio is None]
-        for places, marker, shade in ((right, "o", f"C{color % 10}"), (failed, "x", "0.4")):
+        shade_of = f"C{color % 10}"
+        for places, marker, shade in ((right, "o", shade_of), (slow, "^", shade_of), (failed, "x", "0.4")):
             label = backend if marker == "o" else None
             axis.scatter([n for n, _ in places], [r for _, r in places], s=18, marker=marker, color=shade, label=label)
     best = list(itertools.accumulate((top if ratio is None else ratio for ratio in ratios), min))
     axis.step(range(1, len(best) + 1), best, where="post", color="0.2", linewidth=1.2, label="best so far")
     axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="trial (x: failed)", ylabel="time / torch's own choice", ylim=(0, top * 1.05))
+    axis.set(
+        xlabel="trial (x: failed, triangle: slower than shown)",
+        ylabel="time / torch's own choice",
+        ylim=(0, top * 1.05),
+    )
     axis.set_title(f"{answer.problem.key}\n{answer.plan}", fontsize=9, loc="left")
     axis.legend(fontsize=8, ncols=2)
     axis.grid(alpha=0.25)

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage (an argument that cannot be).
 
 import atexit
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -102,6 +103,8 @@ def program() -> None:
     except SystemExit as done:
         code = done.code
         raise
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is kept: another Ctrl-C ends the end, without a traceback
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,21 @@ def database_url(given: str | None) -> str:
             "can be written in TILEWISE_HOME"
         ) from error
     return paths.default_database_url()
+
+
+def writable_folder(folder: Path, option: str) -> None:
+    """Make `folder` where it is not there. Raises SettingsError where nothing can be written in it.
+
+    For commands that write at their end what they measured for minutes.
+    """
+    from tilewise.domain.errors import SettingsError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(f"{option}: nothing can be written in {folder}: {error.strerror}") from error
 
 
 def user_name() -> str:

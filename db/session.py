@@ -88,11 +88,13 @@ class Database:
         """Yield a session whose changes are committed when the block ends, and undone when it raises.
 
         On SQLite the transaction begins IMMEDIATE: a writer waits its turn at the start, and never finds in the middle
-        that what it read is out of date. Raises DatabaseError when the database cannot be used.
+        that what it read is out of date. Raises DatabaseError when the database cannot be used, or its file is gone.
         """
         with _explained(self._url), Session(self._writer, expire_on_commit=False) as session, session.begin():
             session.connection()
             yield session
+        if self.file is not None and not self.file.exists():  # a connection goes on writing into nothing
+            raise DatabaseError(f"{self.file} was removed while it was in use: what was kept since then is lost")
         for watcher in self._watchers:
             watcher()
 

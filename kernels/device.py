@@ -89,11 +89,17 @@ class Telemetry:
 
 
 def telemetry(device: torch.device) -> Telemetry:
-    """Read, never set, the clock, power and temperature of `device`, and who else computes on it."""
+    """Read, never set, the clock, power and temperature of `device`, and who else computes on it.
+
+    A driver that tells nothing costs nobody a final.
+    """
     if device.type != "cuda":
         return Telemetry()
-    with _nvml() as nvml:
-        handle = _handle(nvml, torch.cuda.current_device() if device.index is None else device.index)
+    with contextlib.suppress(DeviceError), _nvml() as nvml:
+        try:
+            handle = _handle(nvml, torch.cuda.current_device() if device.index is None else device.index)
+        except nvml.NVMLError:
+            return Telemetry()
         clock = power = temperature = None  # a slice or a virtual GPU does not tell all of them
         with contextlib.suppress(nvml.NVMLError):
             clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
@@ -102,6 +108,7 @@ def telemetry(device: torch.device) -> Telemetry:
         with contextlib.suppress(nvml.NVMLError):
             temperature = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
         return Telemetry(clock_mhz=clock, power_w=power, temperature_c=temperature, others=_others(nvml, handle))
+    return Telemetry()
 
 
 def _others(nvml: Any, handle: Any) -> int | None:

@@ -137,6 +137,8 @@ class Checker:
                 found = results(case.call, candidate, case.grad_out)
             bounds = case.bounds if drawn is None else drawn.bounds
             shares = {name: bounds[name].share(tensor) for name, tensor in found.items()}
+            if found["out"].dtype is not case.call.query.dtype:
+                shares["dtype of out"] = HOPELESS
             for name, tensor in mirrored.items():
                 back = -tensor if name in _NEGATED else tensor
                 shares[f"{name} of negated values"] = bounds[name].share(back)
@@ -199,9 +201,16 @@ def _mirrored(case: Case, candidate: Candidate) -> dict[str, torch.Tensor]:
     """Return the results for values and gradient of the other sign: attention is linear in the values.
 
     Those of _NEGATED have the other sign; with both negated, the gradients of query, key and mask stay what they are.
+    The tensors are the same ones: who takes them for what they were gives that again.
     """
-    call = case.call.with_tensors(case.call.query, case.call.key, -case.call.value)
-    return results(call, candidate, None if case.grad_out is None else -case.grad_out)
+    changed = [case.call.value, *([] if case.grad_out is None else [case.grad_out])]
+    for tensor in changed:
+        tensor.neg_()
+    try:
+        return results(case.call, candidate, case.grad_out)
+    finally:
+        for tensor in changed:
+            tensor.neg_()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

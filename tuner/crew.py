@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -31,6 +31,8 @@ from .processes import Ended, Worker, nothing, stop_all, wait_for
 from .trying import Judged, stage_of
 
 PATIENCE = 10.0  # times the longest of the right candidates, before one is said to hang
+TRIAL_CALLS = 12  # of a candidate or the reference that one trial takes, about
+FINAL_TRIALS = 3.0  # a final calls each finalist half as often again as a trial does; on a machine that may be busy
 COMPILATIONS = 3.0  # times Backend.compile_seconds, on a busy machine
 NICE = 5  # of those that compile: who measures calls the device in time, and who searches comes to it
 MEMORY_SHARE = 0.8  # of the machine, for the process that measures
@@ -234,8 +236,8 @@ class Pipeline:
     What takes long to compile and does it where it is measured waits until there is nothing else, but not for ever
     (`defer`): meanwhile nothing could be measured.
 
-    A process that dies or is ended costs the trial it was at; the next one is for a fresh process. Raises TuningError
-    where the tensors and their references cannot be prepared.
+    A process that dies or is ended costs the trial it was at; the next one is for a fresh process, and so is the same
+    one where it had not begun. Raises TuningError where the tensors and their references cannot be prepared.
     """
 
     def __init__(self, crew: Crew, preparation: Preparation) -> None:
@@ -244,6 +246,7 @@ class Pipeline:
         self._alone = self._described.kind is DeviceKind.CPU  # compiling and measuring share the cores
         self._queues = _Queues()
         self._longest = 0.0  # seconds of a right candidate
+        self._deaths = 0  # in a row, of processes that had not prepared the problem yet
         self._best_ratio = float("inf")
         self._deferred, self._patience = 0.0, float("inf")
         self._mixed = False  # whether any compile ahead that import nothing slow
@@ -256,6 +259,11 @@ class Pipeline:
         """Time from now on as the reference was timed, whichever process does it."""
         if measured is not None:
             self._preparation = replace(self._preparation, mode=measured.mode)
+
+    def heed(self, trials: Iterable[Trial]) -> None:
+        """Let limits be as long as what was right in these trials takes, though it was tried by another run."""
+        measured = [trial.measurement.median_ms for trial in trials if trial.measurement is not None]
+        self._longest = max([self._longest, *(TRIAL_CALLS * median / 1e3 for median in measured)])
 
     def defer(self, seconds: float) -> None:
         """Let what compiles where it is measured wait behind all else, at most so long from now or its submission."""
@@ -341,6 +349,8 @@ class Pipeline:
         """
         self._crew.part_with_heir()
         limits = self._limits(max((self._compile_seconds(each) for each in candidates), default=0.0))
+        longest = FINAL_TRIALS * self._longest * (len(candidates) + 1)
+        limits = replace(limits, measure=max(limits.measure, longest))
         task = Judging(
             preparation=self._preparation, candidates=candidates, limits=limits, rounds=rounds, seconds=seconds
         )
@@ -349,7 +359,9 @@ class Pipeline:
             assert isinstance(ended.result, Judged)
             return ended.result
         failures = [
-            trial for each in candidates if (trial := self._soaked(each, rounds, limits)).outcome is not Outcome.OK
+            trial
+            for each in candidates
+            if (trial := self._soaked(each, rounds, seconds, limits)).outcome is not Outcome.OK
         ]
         if not failures:
             raise TuningError(f"the final could not be held, though every finalist runs alone: {ended.message}")
@@ -449,6 +461,7 @@ class Pipeline:
     def _measured(self, waiting: _Waiting, ended: Ended) -> None:
         if ended.outcome is Outcome.OK:
             assert isinstance(ended.result, Trial)
+            self._deaths = 0
             if ended.result.outcome is Outcome.OK:
                 self._longest = max(self._longest, ended.result.seconds)
                 self._crew.has_run(waiting.candidate.backend)
@@ -456,13 +469,23 @@ class Pipeline:
                     self.time_as(ended.result.measurement)
             self._finish(waiting, ended.result)
             return
-        self._refuse_unprepared(ended)
-        self._finish(waiting, self.trial(waiting.candidate, ended.outcome, ended.message, ended.seconds))
+        if self._again(ended):
+            self._queues.to_measure.appendleft(waiting)
+        else:
+            self._finish(waiting, self.trial(waiting.candidate, ended.outcome, ended.message, ended.seconds))
 
-    def _refuse_unprepared(self, ended: Ended) -> None:
-        if ended.phase in ("start", "prepare"):
+    def _again(self, ended: Ended) -> bool:
+        """Whether a task that ended badly is for a fresh process: the one it had died before it came to the candidate.
+
+        Raises TuningError where that happens twice in a row, or where it could not prepare the problem.
+        """
+        unprepared = ended.phase in ("start", "prepare")
+        died = unprepared and ended.outcome is Outcome.WORKER_DIED
+        if unprepared and not (died and self._deaths == 0):
             key = self._preparation.problem.key
             raise TuningError(f"{key}: its tensors and their references cannot be computed: {ended.message}")
+        self._deaths = int(died)
+        return died
 
     def _finish(self, waiting: _Waiting, trial: Trial) -> None:
         trial = replace(trial, seconds=trial.seconds + waiting.compile_seconds)
@@ -489,8 +512,10 @@ class Pipeline:
 
     # the final
 
-    def _soaked(self, candidate: Candidate, calls: int, limits: Limits) -> Trial:
-        ended = self._run(Soaking(preparation=self._preparation, candidate=candidate, limits=limits, calls=calls))
+    def _soaked(self, candidate: Candidate, calls: int, seconds: float, limits: Limits) -> Trial:
+        ended = self._run(
+            Soaking(preparation=self._preparation, candidate=candidate, limits=limits, calls=calls, seconds=seconds)
+        )
         if ended.outcome is Outcome.OK:
             assert isinstance(ended.result, Trial)
             return ended.result
@@ -498,9 +523,9 @@ class Pipeline:
 
     def _run(self, task: Judging | Soaking) -> Ended:
         worker = self._crew.measurer
-        worker.start(task)
-        while (ended := worker.poll()) is None:
-            wait_for([worker])
-        if ended.outcome is not Outcome.OK:
-            self._refuse_unprepared(ended)
-        return ended
+        while True:
+            worker.start(task)
+            while (ended := worker.poll()) is None:
+                wait_for([worker])
+            if ended.outcome is Outcome.OK or not self._again(ended):
+                return ended

@@ -86,17 +86,20 @@ class Attempting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soaking:
-    """Call a candidate alone, many times."""
+    """Call a candidate alone as a final would: many times, or for so many seconds."""
 
     preparation: Preparation
     candidate: Candidate
     limits: Limits
     calls: int
+    seconds: float
 
     def __call__(self, room: Room) -> Trial:
         with _at_bench(room, self.preparation, self.limits) as bench:
             _load(room, [self.candidate.backend], self.limits)
-            return bench.soak(self.candidate, calls=self.calls, enter=room.enter, limits=self.limits)
+            return bench.soak(
+                self.candidate, calls=self.calls, seconds=self.seconds, enter=room.enter, limits=self.limits
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

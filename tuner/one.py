@@ -1,12 +1,14 @@
 """One candidate, checked and timed beside torch's own choice, with nothing kept: what a single trial was, again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.device import Device
-from tilewise.domain.errors import TuningError
+from tilewise.domain.errors import ConfigError, TuningError
 from tilewise.domain.matching import default_candidate
 from tilewise.domain.problem import Problem
+from tilewise.domain.space import SearchSpace
 from tilewise.domain.trial import Outcome, Trial
 from tilewise.kernels import device as devices
 from tilewise.kernels.backends import backend_named
@@ -29,13 +31,14 @@ def try_one(problem: Problem, candidate: Candidate, *, crew: Crew, rounds: int, 
     """Check and screen `candidate`, and hold a final of it and torch's own choice of so many rounds or seconds.
 
     As in a tuning, another path stands in where torch's own choice is wrong. Raises ConfigError for an unknown backend,
-    and TuningError where none of torch's paths is right.
+    role, kernel or parameter, and TuningError where none of torch's paths is right.
     """
     preparation = crew.preparation(problem, default_candidate(problem), seed=seed)
     pipeline, device = Pipeline(crew, preparation), devices.describe(crew.device)
     reason = backend_named(candidate.backend).supports(problem, device)
     if reason is not None:
         return Attempted(trial=pipeline.trial(candidate, Outcome.UNSUPPORTED, reason))
+    _refuse_unknown(candidate, backend_named(candidate.backend).spaces(problem, device))
     try:
         reference = _reference(pipeline, problem, device)
         trial = _tried(pipeline, candidate)
@@ -49,6 +52,19 @@ def try_one(problem: Problem, candidate: Candidate, *, crew: Crew, rounds: int, 
     if judged.final is None and failed is None:
         raise TuningError(f"{reference}, to be compared with, fails in the final: {judged.failures[0].message}")
     return Attempted(trial=failed or trial, finalists=finalists, final=judged.final)
+
+
+def _refuse_unknown(candidate: Candidate, spaces: Mapping[str, SearchSpace]) -> None:
+    """Raise ConfigError where the backend would run something else than `candidate` says; any values may be tried."""
+    for role, config in candidate.configs:
+        if role not in spaces:
+            raise ConfigError(f"{candidate.backend} has the roles {', '.join(spaces) or 'none'} here, not {role!r}")
+        kernels = {each.kernel: {parameter.name for parameter in each.parameters} for each in spaces[role].by_kernel}
+        if kernels.get(config.kernel) != config.as_dict().keys():
+            known = " or ".join(f"{kernel} with {', '.join(sorted(names))}" for kernel, names in kernels.items())
+            raise ConfigError(
+                f"expected for {role} a config of {known}; got {config.kernel} with {str(config) or 'none'}"
+            )
 
 
 def _reference(pipeline: Pipeline, problem: Problem, device: Device) -> Candidate:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -28,7 +28,7 @@ from tilewise.domain.trial import Outcome
 
 from .limits import Limits
 from .printed import Printed
-from .serving import Ahead, Beat, Finished, Phase, Raised, Room, Task, serve
+from .serving import Ahead, Beat, Finished, Phase, Raised, Readied, Room, Task, serve
 
 PRELOADED = ["triton", "tilewise.tuner.preloaded"]  # triton, where it is installed
 POLL_SECONDS = 0.1  # between two looks at memory and deadlines
@@ -42,7 +42,22 @@ def prestart() -> None:
     """Start the process that workers are forked from; it imports torch while the caller does other things."""
     _context.set_forkserver_preload(PRELOADED)
     with _environment():
-        forkserver.ensure_running()
+        resource_tracker.ensure_running()  # which lets through again what is held back
+        with _uninterrupted():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within, a process that is started never hears of Ctrl-C: it reaches the whole group, and we end what we started.
+
+    Python's server of forks is deaf to it by itself, but only once it has imported what it preloads.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -107,6 +122,8 @@ class Worker:
         self._limits, self._memory, self._strict, self._nice = limits, int(memory_gib * 2**30), strict, nice
         self._live: _Live | None = None
         self._coming: Future[_Live] | None = None  # a process that is being started
+        self._task: Task = nothing  # the newest that it was given
+        self._before = 0  # tasks of `begin` that the process has not done yet
         self._printed = Printed()
         self.phase, self._deadline, self._heard, self._began = "", 0.0, 0.0, 0.0
         self.busy = False
@@ -120,11 +137,12 @@ class Worker:
         """Have a process, a fresh one where there is none, do `task` before the first that `start` gives it.
 
         Returns at once; there must be no task. What `task` returns or raises is dropped: whoever needs what it has made
-        ready makes it where it is not there.
+        ready makes it where it is not there. Where the process ends over it, a fresh one does what comes next.
         """
         assert not self.busy, "a worker does one task at a time"
         self._arrived()
         ahead = Ahead(pickle.dumps(task))
+        self._before = 1 if self._live is None else self._before + 1
         if self._live is not None:
             with contextlib.suppress(OSError):  # it died: `start` has another
                 self._live.connection.send(ahead)
@@ -140,14 +158,14 @@ class Worker:
         self._pump()
         self._printed = Printed()
         now = time.monotonic()
-        self.busy, self._began, self._heard = True, now, now
+        self._task, self.busy, self._began, self._heard = task, True, now, now
         self.phase, self._deadline = "start", now + self._limits.start
         if self._live is not None and not self._live.process.is_alive():
             self.stop()
             self.busy = True
         if self._live is None:
             prestart()
-            self._live = self._spawned()
+            self._live, self._before = self._spawned(), 0
         with contextlib.suppress(OSError):  # it died: the next poll says so
             self._live.connection.send(task)
 
@@ -162,6 +180,8 @@ class Worker:
                 self._heard = time.monotonic()
                 if isinstance(message, Phase):
                     self.phase, self._deadline = message.name, self._heard + message.seconds
+                elif isinstance(message, Readied):
+                    self._before -= 1
                 elif not isinstance(message, Beat):
                     return self._answered(message)
         except (EOFError, OSError):
@@ -177,7 +197,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the process, whatever it does; the next task starts another."""
-        self.busy = False
+        self.busy, self._before = False, 0
         if self._coming is not None:
             self._coming.add_done_callback(_end_unwanted)
             self._coming = None
@@ -234,7 +254,7 @@ class Worker:
         assert isinstance(message, Raised)
         return self._ended(Outcome.FAILED, message.message)
 
-    def _died(self) -> Ended:
+    def _died(self) -> Ended | None:
         assert self._live is not None
         self._live.process.join()
         code = self._live.process.exitcode or 0
@@ -243,7 +263,11 @@ class Worker:
         outcome = Outcome.OUT_OF_RESOURCES if any(word in said for word in _NO_MEMORY) else Outcome.WORKER_DIED
         return self._killed(outcome, f"killed by {_signal(-code)}" if code < 0 else f"ended with exit code {code}")
 
-    def _killed(self, outcome: Outcome, why: str) -> Ended:
+    def _killed(self, outcome: Outcome, why: str) -> Ended | None:
+        if self._before:  # what the process began with did that: the task is for a fresh one
+            self.stop()
+            self.start(self._task)
+            return None
         ended = self._ended(outcome, f"the process that ran it: {why}")
         self.stop()
         return ended

@@ -43,9 +43,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """A pickled task to do before the next is asked for; nothing is answered, not even that it cannot be read."""
+    """A pickled task to do before the next is asked for; nothing is answered of it, but that it is over."""
 
     task: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Readied:
+    """A task that was to be done ahead is over, whatever came of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ def serve(
         if isinstance(task, Ahead):
             with contextlib.suppress(Exception):
                 pickle.loads(task.task)(room)
+            room.send(Readied())
             continue
         room.send(_done(task, room))
 

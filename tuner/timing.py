@@ -187,7 +187,9 @@ def final(clock: Clock, steps: Sequence[Step], *, rounds: int, seconds: float, d
     steps = [*steps, steps[0]]
     memory = [clock.peak_memory(step) for step in steps[:-1]]
     state = clock.settle(steps)
-    once = sum(row[0] for row in clock.interleave(steps, 1))
+    began = time.perf_counter()
+    calls = sum(row[0] for row in clock.interleave(steps, 1))
+    once = max(calls, (time.perf_counter() - began) * 1e3)  # the sweeps between short calls take longer than these
     rows = clock.interleave(steps, _rounds(rounds, LEAST_ROUNDS, seconds, once))
     reading = telemetry(device)
     if reading.others:

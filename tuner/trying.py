@@ -18,7 +18,7 @@ from .correctness import Checker
 from .limits import Limits
 from .printed import shortened
 from .steps import Step, make_step
-from .timing import Clock, Final, final, screen
+from .timing import LEAST_ROUNDS, Clock, Final, final, screen
 
 SCREEN_SECONDS = 0.6
 VERIFIED = 4  # times that a finalist's results are looked at again
@@ -96,13 +96,15 @@ class Bench:
 
         return self._guarded(candidate, checked_and_screened)
 
-    def soak(self, candidate: Candidate, *, calls: int, enter: Enter, limits: Limits) -> Trial:
-        """Call a candidate alone as often as a final does: who kills finals is found so."""
+    def soak(self, candidate: Candidate, *, calls: int, seconds: float, enter: Enter, limits: Limits) -> Trial:
+        """Call a candidate alone as often as a final of so many rounds or seconds: who kills finals is found so."""
 
         def called() -> _Found:
-            enter("measure", limits.measure)
-            step = self.step(candidate)
-            for _ in range(calls):
+            enter("measure", limits.measure + seconds)
+            step, until = self.step(candidate), time.monotonic() + seconds
+            for number in range(calls):
+                if number >= LEAST_ROUNDS and time.monotonic() > until:
+                    break
                 step()
             return _Found(Outcome.OK)
 

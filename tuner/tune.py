@@ -134,6 +134,7 @@ class _Tuning:
         try:
             self._tell("prepare", pipeline)
             resumed = self._resume()
+            pipeline.heed(self._ledger.right)
             spaces = self._begin(pipeline)
             self._search(pipeline, spaces)
             verdict = self._conclude(pipeline, job, resumed)

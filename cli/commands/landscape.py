@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..console import err, out
-from ..options import DeviceName
+from ..options import DeviceName, writable_folder
 
 if TYPE_CHECKING:
     from tilewise.bench.landscape import Point
@@ -33,6 +33,7 @@ def record_command(
     Every config is checked against float64 and screened beside the backend's default; the best 5% are measured again,
     in one interleaved final.
     """
+    writable_folder(folder, "--output")
     from ..torch import need_torch
 
     need_torch()
@@ -78,6 +79,7 @@ def replay_command(
     from tilewise.bench.replay_report import page, summarise, write
 
     found = load_all(landscapes or [FOLDER])
+    writable_folder(output.parent, "--output")
     contenders = contenders_of([name.strip() for name in methods.split(",") if name.strip()])
     runs = replay_all(found, contenders, seeds, compilers=compilers, most=most)
     command = " ".join(["tilewise", *sys.argv[1:]])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..console import err, out, print_json, print_table
-from ..options import AsJson, Db, DeviceName, database_url
+from ..options import AsJson, Db, DeviceName, database_url, writable_folder
 
 if TYPE_CHECKING:
     from tilewise.domain.problem import Problem
@@ -45,7 +45,10 @@ def tune(
     db: Db = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find and keep the fastest way to compute attention here; trials of an interrupted run are taken over."""
+    """Find and keep the fastest way to compute attention here; trials of an interrupted run are taken over.
+
+    A problem that cannot be tuned does not keep the others from it; the exit code is 1 then.
+    """
     problems = _problems(model or [], problem or [], pass_, dtype, causal)
     from tilewise.domain.job import budget_named
 
@@ -71,6 +74,7 @@ def tune(
         with uncollected():
             from tilewise.bench.search_plot import plot as draw
             from tilewise.db.session import Database
+            from tilewise.domain.errors import TuningError, UnsupportedError
             from tilewise.tuner.progress import process_began
             from tilewise.tuner.tune import tune as run
 
@@ -80,6 +84,7 @@ def tune(
 
         since = began = process_began()
         verdicts = []
+        failed: dict[str, str] = {}
         with Database.open(database_url(db), upgrade=True) as database:
             for number, wanted in enumerate(problems, 1):
                 with watching(f"[{number}/{len(problems)}] {wanted.key}") as report:
@@ -104,15 +109,20 @@ def tune(
                             markup=False,
                         )
                         raise typer.Exit(1) from None
+                    except (TuningError, UnsupportedError) as error:
+                        report.stop()
+                        err.print(f"tilewise: {error}", markup=False)
+                        failed[wanted.key], since = str(error), time.monotonic()
+                        continue
                 since = time.monotonic()
                 verdicts.append(verdict)
                 if not as_json:
-                    out.print("\n".join(lines(verdict)), markup=False)
+                    out.print("\n".join(lines(verdict, chosen)), markup=False)
                 if plot is not None:
                     path = plot if len(problems) == 1 else plot.with_stem(f"{plot.stem}-{number}")
                     draw(verdict.answer, verdict.trials, path)
                     err.print(f"written: {path}", markup=False)
-    if as_json:
+    if as_json and verdicts:
         described = devices.describe(where)
         print_json(
             {
@@ -121,13 +131,16 @@ def tune(
                 "software": devices.software(described.kind),
                 "budget": limits,
                 "answers": [verdict.answer for verdict in verdicts],
+                "failed": failed,
                 "spent": [verdict.spent for verdict in verdicts],
                 "seconds": time.monotonic() - began,
                 "outcomes": [dict(Counter(trial.outcome for trial in verdict.trials)) for verdict in verdicts],
             }
         )
-    else:
+    elif verdicts:
         print_table("", COLUMNS, [row(verdict.answer) for verdict in verdicts])
+    if failed:
+        raise typer.Exit(1)
 
 
 def need_matplotlib(path: Path) -> None:
@@ -140,6 +153,7 @@ def need_matplotlib(path: Path) -> None:
         raise SettingsError("--plot needs matplotlib: pip install 'tilewise[bench]'")
     if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
         raise SettingsError(f"--plot: expected a .png, .svg or .pdf file in a folder that exists, got {path}")
+    writable_folder(path.absolute().parent, "--plot")
 
 
 def _problems(models: list[str], keys: list[str], pass_: PassName, dtype: str, causal: bool) -> "list[Problem]":

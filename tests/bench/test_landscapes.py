@@ -1,5 +1,6 @@
 """Recording a small landscape on this CPU, and replaying searches over made ones."""
 
+import gzip
 import json
 import math
 import statistics
@@ -14,6 +15,7 @@ from tilewise.bench.landscape import SUFFIX, Header, Landscape, Point, load, loa
 from tilewise.bench.record import Subject, record
 from tilewise.bench.replay import SHARES, Contender, Run, contenders_of
 from tilewise.bench.replay_report import page, summarise, write
+from tilewise.domain import codec
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.errors import SettingsError
 from tilewise.domain.problem import Problem
@@ -111,8 +113,22 @@ def test_a_space_that_is_not_there(subject: Subject, says: str) -> None:
         record(subject, crew)
 
 
-def test_a_file_that_is_no_landscape(tmp_path: Path) -> None:
-    (tmp_path / f"x{SUFFIX}").write_bytes(b"no gzip")
+def with_ratio(ratio: float | None) -> bytes:
+    point = replace(made().points[0], ratio=ratio)
+    return gzip.compress(b"\n".join(map(codec.canonical, (made().header, point))))
+
+
+CUT = gzip.compress(b"{}" * 50)
+NOT_DEFLATED = CUT[:10] + b"\xff" * 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", b"", CUT[:-9], NOT_DEFLATED, gzip.compress(b"[1]"), with_ratio(None), with_ratio(0.0)],
+    ids=["no gzip", "empty", "cut", "damaged", "another document", "nothing right", "no ratio"],
+)
+def test_a_file_that_is_no_landscape(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / f"x{SUFFIX}").write_bytes(content)
     with pytest.raises(SettingsError, match="is no landscape"):
         load_all([tmp_path])
     (tmp_path / "empty").mkdir()

@@ -90,13 +90,32 @@ def test_tune_show_answer(run: Cli, home: Path) -> None:
 def test_tune_json_is_one_document(run: Cli) -> None:
     assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "3", "--seconds", "60", "--json") == 0
     document = json.loads(run.out)
-    assert set(document) == {"answers", "budget", "device", "device_key", "outcomes", "seconds", "software", "spent"}
+    keys = {"answers", "budget", "device", "device_key", "failed", "outcomes", "seconds", "software", "spent"}
+    assert (set(document), document["failed"]) == (keys, {})
     (spent,), (outcomes,) = document["spent"], document["outcomes"]
     assert min(spent["start"], spent["prepare"], spent["search"], spent["final"], spent["measure"]) > 0
     parts = spent["start"] + spent["prepare"] + spent["search"] + spent["final"]
     assert parts < document["seconds"] < parts + 2
     assert outcomes["ok"] == 4, "the default of every backend is tried that compiles in time"
     assert [item["problem"] for item in document["answers"]] == [KEY]
+
+
+def test_tune_says_why_a_named_backend_is_not_tried(run: Cli) -> None:
+    assert run("tune", "--problem", KEY, "--device", "cpu", "--trials", "2", "--backends", "triton") == 0
+    assert "\n  triton: needs a CUDA device\n" in run.out
+    assert "flash" not in run.out
+
+
+def test_a_problem_that_cannot_be_tuned_keeps_no_other_from_it(run: Cli) -> None:
+    huge = "inference.fp32.b64.h64.kv64.q32768.k32768.d128"  # more than a process may have
+    arguments = ("tune", "--device", "cpu", "--trials", "3", "--seconds", "60", "--json", "--problem", huge)
+    assert run(*arguments, "--problem", KEY) == 1
+    document = json.loads(run.out)
+    assert [item["problem"] for item in document["answers"]] == [KEY]
+    assert list(document["failed"]) == [huge]
+    assert f"tilewise: {huge}: its tensors and their references cannot be computed: " in run.err
+    assert run(*arguments) == 1
+    assert run.out == ""
 
 
 def test_a_picture_of_the_search(run: Cli, tmp_path: Path) -> None:
@@ -122,10 +141,16 @@ def test_one_candidate_is_tried_and_nothing_kept(run: Cli, home: Path) -> None:
 def test_a_candidate_that_is_not_right_is_said_to_be(run: Cli) -> None:
     assert run("try", KEY, "--candidate", '{"backend": "flash"}', "--device", "cpu") == 1
     assert run.out == "unsupported  flash: needs a CUDA device\n"
-    odd = {"backend": "cpu_tiled", "configs": {"forward": {"kernel": "cpu_tiled", "values": {"block_q": 32}}}}
+    values: dict[str, int] = {"block_q": 0, "block_k": 32, "heads_per_chunk": 1}
+    odd = {"backend": "cpu_tiled", "configs": {"forward": {"kernel": "cpu_tiled", "values": values}}}
     assert run("try", KEY, "--candidate", json.dumps(odd), "--device", "cpu") == 1
-    assert run.out.startswith("failed  cpu_tiled(block_q=32): ")
-    for text, says in (('{"backend"', "--candidate: "), ('{"backend": "none"}', "unknown backend 'none'")):
+    assert run.out.startswith("failed  cpu_tiled(block_k=32 block_q=0 heads_per_chunk=1): ")
+    del values["block_k"]
+    for text, says in (
+        ('{"backend"', "--candidate: "),
+        ('{"backend": "none"}', "unknown backend 'none'"),
+        (json.dumps(odd), "expected for forward a config of cpu_tiled with block_k, block_q, heads_per_chunk; got"),
+    ):
         assert run("try", KEY, "--candidate", text, "--device", "cpu") == 2
         assert says in run.err
 
@@ -191,6 +216,11 @@ def test_doctor_says_why_a_backend_is_absent(run: Cli) -> None:
             r"absent\.jsonl\.gz is no landscape .*; record one with `tilewise",
         ),
         (
+            ["landscape", "record", "--problem", KEY, "--backend", "cpu_tiled", "--output", f"{__file__}/x"],
+            2,
+            r"--output: nothing can be written in .*test_cli\.py/x: Not a directory",
+        ),
+        (
             ["landscape", "record", "--problem", KEY, "--backend", "triton", "--device", "cpu"],
             2,
             r"triton cannot compute \S+ here: needs a CUDA device",
@@ -245,6 +275,16 @@ def test_a_port_in_use(run: Cli) -> None:
         assert logging.getLogger("tilewise").handlers == loggers, "who serves nothing leaves them alone"
     assert run.err.startswith(f"tilewise: cannot serve on 127.0.0.1 port {port}: ")
     assert run.err.count("\n") == 1
+
+
+def test_another_ctrl_c_at_the_end_leaves_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal, sys; from tilewise.cli.main import program; sys.argv = ['tilewise', '--version'];"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); program()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONPATH="src"), capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 def _as_from_a_terminal() -> None:

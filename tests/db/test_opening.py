@@ -265,3 +265,13 @@ def test_a_lock_held_too_long_is_one_clear_error(tmp_path: Path, monkeypatch: py
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(DatabaseError, match="was kept locked for 1 s by another writer"), database.write():
             pass
+
+
+def test_a_file_that_was_removed_keeps_nothing_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "tilewise.db"
+    with Database.open(f"sqlite:///{file}", upgrade=True) as database:
+        with database.write():
+            pass
+        file.unlink()
+        with pytest.raises(DatabaseError, match="was removed while it was in use"), database.write():
+            pass

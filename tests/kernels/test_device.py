@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -165,6 +165,16 @@ def test_a_slice_of_a_gpu(gpu: Any) -> None:
 def test_telemetry_leaves_out_what_a_gpu_does_not_tell() -> None:
     assert devices.telemetry(torch.device("cuda:0")) == devices.Telemetry(power_w=123.456)
     assert devices.telemetry(torch.device("cpu")) == devices.Telemetry()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("gone", ["_nvml", "_handle"])
+def test_telemetry_of_a_driver_that_tells_nothing(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*_: object) -> NoReturn:
+        raise DeviceError("NVML does not start") if gone == "_nvml" else NVMLError("not found")
+
+    monkeypatch.setattr(devices, gone, raises)
+    assert devices.telemetry(torch.device("cuda:0")) == devices.Telemetry()
 
 
 # software

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -323,6 +324,21 @@ def set_up_without_sdpa() -> None:
     """Register every fake in a worker, and one that is broken as torch's own choice."""
     set_up()
     BACKENDS["sdpa"] = Fake(broken, name="sdpa")
+
+
+def takes_long(call: Call) -> Result:
+    """Is right after 20 ms."""
+    until = time.process_time() + 0.02
+    found = right(call)
+    while time.process_time() < until:
+        pass
+    return found
+
+
+def set_up_slow() -> None:
+    """Register a backend that takes long as torch's own choice."""
+    set_up()
+    BACKENDS["sdpa"] = Fake(takes_long, name="sdpa")
 
 
 def set_up_without_torch() -> None:

@@ -3,15 +3,17 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 from tilewise.domain.trial import Outcome
-from tilewise.tuner import measuring
+from tilewise.tuner import measuring, processes
 from tilewise.tuner.compiling import Compiled, Compiling
 from tilewise.tuner.limits import Limits
 from tilewise.tuner.processes import Ended, Worker, wait_for
@@ -43,6 +45,20 @@ class Says:
     def __call__(self, room: Room) -> tuple[object, int]:
         room.enter("say", 10)
         return self.what, os.getpid()
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Do what one of the fakes does, once a file is there."""
+
+    gate: str
+    fake: str
+
+    def __call__(self, room: Room) -> object:
+        room.enter("behind", 0.5)
+        while not os.path.exists(self.gate):
+            time.sleep(0.005)
+        return getattr(fakes, self.fake)(None)
 
 
 def state(_: Room) -> tuple[int, str, bool]:
@@ -140,3 +156,13 @@ def ends(task: Task) -> None:
     worker = Worker(Limits(), memory_gib=2, strict=False)
     run(worker, task)
     worker.stop()
+
+
+def interrupts() -> None:
+    """Send Ctrl-C to the process that workers are forked from as soon as there is one, and have a worker do a task."""
+    processes.prestart()
+    server: Any = forkserver._forkserver
+    os.kill(server._forkserver_pid, signal.SIGINT)
+    before = server._forkserver_pid
+    ends(Says(1))
+    assert server._forkserver_pid == before

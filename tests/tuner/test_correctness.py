@@ -70,6 +70,19 @@ def another_scale(call: Call) -> Result:
     return right(replace(call, scale=call.scale * 1.001))
 
 
+def stale_by_address(call: Call) -> Result:
+    """What was given for tensors in the same place, whatever they hold by now."""
+    return _kept.setdefault((call.query.data_ptr(), call.value.data_ptr()), right(call))
+
+
+_kept: dict[tuple[int, int], Result] = {}
+
+
+def in_another_dtype(call: Call) -> Result:
+    out, lse = right(call)
+    return out.double(), lse
+
+
 def not_causal(call: Call) -> Result:
     return right(replace(call, problem=replace(call.problem, causal=False, window=None)))
 
@@ -127,7 +140,7 @@ def another_shape(call: Call) -> Result:
     "planted",
     [
         one_wrong_element, without_the_last_key, unwritten_rows, unwritten_lse, nan, infinite, another_scale,
-        not_causal,
+        not_causal, stale_by_address, in_another_dtype,
         aligned_top_left, lse_in_base_two, lse_off_in_one_row, lse_nan_where_nothing_is_attended, lse_positive_infinity,
         lse_finite_where_nothing_is_attended, average_where_nothing_is_attended, heads_swapped, another_shape,
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tilewise.domain.config import Candidate
+from tilewise.domain.errors import TuningError
 from tilewise.domain.trial import Mode, Outcome
 from tilewise.tuner.crew import Crew, Pipeline
 from tilewise.tuner.measuring import Preparation
@@ -133,6 +135,31 @@ def test_a_trial_imports_what_it_needs(pipeline: Pipeline, monkeypatch: pytest.M
     assert trial.outcome is Outcome.OK, trial.message
     judged = pipeline.judge((Candidate("sdpa"), Candidate("loads")), rounds=15, seconds=5)
     assert judged.final is not None
+
+
+def dies_at_first(gate: str) -> None:
+    if not Path(gate).exists():
+        Path(gate).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    set_up()
+
+
+def test_a_process_that_is_killed_while_it_prepares_costs_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        setup = functools.partial(dies_at_first, str(tmp_path / name))
+        pipeline._preparation = dataclasses.replace(pipeline._preparation, setup=setup)
+        if name == "a":
+            pipeline.submit(Candidate("sdpa"))
+            assert pipeline.take(best_ratio=NEVER).trial.outcome is Outcome.OK
+        else:
+            assert pipeline.judge((Candidate("sdpa"), Candidate("plain")), rounds=15, seconds=5).final is not None
+
+
+def test_processes_that_always_die_while_they_prepare_end_the_search(pipeline: Pipeline) -> None:
+    pipeline._preparation = dataclasses.replace(pipeline._preparation, setup=die)
+    pipeline.submit(Candidate("sdpa"))
+    with pytest.raises(TuningError, match=r"its tensors and their references cannot be computed: .* exit code 3"):
+        pipeline.take(best_ratio=NEVER)
 
 
 @pytest.fixture

@@ -158,6 +158,19 @@ def test_what_is_begun_in_vain_costs_nothing(worker: Worker, begun: Task) -> Non
         assert ended.result[0] == word
 
 
+@pytest.mark.parametrize("fake", ["segfaults", "hangs"])
+def test_what_is_begun_is_no_fault_of_the_task_that_waits_for_it(worker: Worker, tmp_path: Path, fake: str) -> None:
+    gate = tmp_path / "gate"
+    worker.begin(tasks.Behind(str(gate), fake))
+    worker.start(Says("a"))
+    gate.touch()
+    while (ended := worker.poll()) is None:
+        wait_for([worker])
+    assert (ended.outcome, ended.message) == (Outcome.OK, "")
+    assert worker.started == 2
+    assert run(worker, Calls("exits")).outcome is Outcome.WORKER_DIED, "that is its own"
+
+
 def test_a_process_that_cannot_be_begun_is_asked_for_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused() -> NoReturn:
         raise OSError("too many open files")
@@ -223,6 +236,13 @@ def test_a_worker_dies_with_who_started_it() -> None:
 
 def test_what_killed_workers_leave_is_cleared_up_without_a_word() -> None:
     script = "from tests.tuner import tasks; tasks.ends(tasks.holds)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_ctrl_c_while_it_still_imports_reaches_no_worker() -> None:
+    script = "from tests.tuner import tasks; tasks.interrupts()"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

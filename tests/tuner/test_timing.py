@@ -3,6 +3,7 @@
 import itertools
 import random
 import statistics
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -134,6 +135,19 @@ def test_a_final_has_fifteen_rounds_whatever_the_budget() -> None:
     clock = Script()
     final(clock, [steady(1000.0)], rounds=100, seconds=1, device=CPU)
     assert clock.rounds[-1] == timing.LEAST_ROUNDS
+
+
+def test_the_sweeps_between_its_calls_are_of_the_seconds_of_a_final() -> None:
+    class Sweeping(Script):
+        def interleave(self, steps: Sequence[Step], rounds: int) -> list[list[float]]:
+            until = time.perf_counter() + 0.05
+            while rounds == 1 and time.perf_counter() < until:
+                pass
+            return super().interleave(steps, rounds)
+
+    clock = Sweeping()
+    final(clock, [steady(0.01)], rounds=1000, seconds=1, device=CPU)
+    assert timing.LEAST_ROUNDS <= clock.rounds[-1] <= 20
 
 
 # statistics

@@ -28,7 +28,7 @@ from tilewise.tuner.trying import Judged
 from tilewise.tuner.tune import Verdict, tune
 
 from ..domain.examples import answer as an_answer
-from .fakes import BUDGET, CPU, FAST_LIMITS, TINY, seen, set_up_without_sdpa, set_up_without_torch
+from .fakes import BUDGET, CPU, FAST_LIMITS, TINY, seen, set_up_slow, set_up_without_sdpa, set_up_without_torch
 
 KEY = describe(CPU).key
 SDPA = Candidate("sdpa")
@@ -191,6 +191,19 @@ def test_a_run_whose_budget_is_spent_only_holds_the_final(database: Database) ->
     before = measured(database)
     assert tuned(database).answer.version == 2
     assert measured(database) == before
+
+
+def test_the_final_of_a_spent_run_may_take_as_long_as_its_candidates(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this run measures itself says nothing of it."""
+    limits = dataclasses.replace(FAST_LIMITS, measure=0.4)
+    budget = dataclasses.replace(BUDGET, trials=1, seconds=1)
+    with Crew(CPU, compilers=1, limits=limits, setup=set_up_slow) as crew:
+        monkeypatch.setitem(HANDS, "crew", crew)
+        assert tuned(database, budget=budget, backends=("sdpa",)).resumed == 0
+        crew.measurer.stop()
+        assert tuned(database, budget=budget, backends=("sdpa",)).resumed == 1
 
 
 def test_fresh_tries_everything_again(database: Database) -> None:
