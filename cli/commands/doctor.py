@@ -1,7 +1,9 @@
 """tilewise doctor."""
 
 import importlib.util
+import os
 import shlex
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +95,12 @@ def _examine(name: str) -> Report:
 
 
 def _uncompiled(packages: Iterable[str]) -> list[str]:
-    """Return the folders of those packages whose modules have no bytecode, by the first module of each."""
+    """Return the folders of those packages whose first module has no bytecode, and gets none by being imported."""
     specs = filter(None, map(importlib.util.find_spec, packages))
     first = [Path(spec.origin) for spec in specs if spec.origin and spec.origin.endswith(".py")]
-    return [str(path.parent) for path in first if not Path(importlib.util.cache_from_source(path)).exists()]
+    return [
+        str(path.parent)
+        for path in first
+        if not Path(importlib.util.cache_from_source(path)).exists()
+        and (sys.dont_write_bytecode or not os.access(path.parent, os.W_OK))
+    ]

@@ -180,6 +180,10 @@ def test_doctor_says_which_packages_every_process_compiles_again(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "IMPORTED", ("slow_one", "absent_one"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert run("doctor", "--device", "cpu") == 0
+    assert "compileall" not in run.out, "its first import compiles it"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert run("doctor", "--device", "cpu") == 0
     assert f"python -m compileall -q {package}\n" in run.out
     assert compileall.compile_dir(package, quiet=1)
