@@ -11,11 +11,11 @@ from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
 
 from .attention import attention
-from .checks import check_dense
+from .checks import check_dense, check_flags
 from .kv_cache import KeyValueCache
 from .masks import layer_mask, merged, with_zero_key
 from .norms import RMSNorm
-from .options import backend_of, check_options, check_sizes
+from .options import backend_of, check_epsilon, check_options, check_sizes
 from .positions import Placed, Places, Span, as_tensor, positions_of
 from .rope_scaling import Scaling, scaling_of
 
@@ -87,7 +87,6 @@ class FastAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
         head_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
@@ -107,17 +106,16 @@ class FastAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
-            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-            max_seq_len=max_seq_len,
-        )  # fmt: skip
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, max_seq_len=max_seq_len)
         check_options(kernel_type, dropout, sliding_window)
+        check_flags(
+            bias=bias, causal=causal, qk_norm=qk_norm, add_zero_attn=add_zero_attn, batch_first=batch_first,
+            strict=strict,
+        )  # fmt: skip
+        check_epsilon("qk_norm_eps", qk_norm_eps)
         if head_dim is None and embed_dim % num_heads:
             raise InputError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        if num_heads % self.num_kv_heads:
-            raise InputError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {self.num_kv_heads}")
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_heads
         self.head_dim = head_dim or embed_dim // num_heads
         self.dropout, self.causal, self.kernel_type, self.strict = float(dropout), causal, kernel_type, strict
         self.add_zero_attn, self.batch_first = add_zero_attn, batch_first

@@ -9,9 +9,10 @@ from torch import nn
 from tilewise.domain.errors import InputError
 
 from .base import Asked, Attended, FastAttention
+from .checks import check_flags
 from .masks import spelled_out
 from .norms import RMSNorm
-from .options import Options, check_sizes
+from .options import Options, check_epsilon, check_sizes
 from .positions import Placed, Places, Positions, as_tensor, rope_of
 from .rotation import gives_fresh, joined
 
@@ -72,6 +73,10 @@ class FastMultiHeadLatentAttention(FastAttention):
             latent_dim=latent_dim, q_rank=q_rank, kv_rank=kv_rank, nope_head_dim=nope_head_dim,
             rope_head_dim=rope_head_dim, v_head_dim=v_head_dim,
         )  # fmt: skip
+        check_flags(rope_interleave=rope_interleave)
+        if absorb is not None:
+            check_flags(absorb=absorb)
+        check_epsilon("norm_eps", norm_eps)
         self.decoupled = kv_rank is not None
         if self.decoupled:
             _check_decoupled(latent_dim, options)
