@@ -115,6 +115,16 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear"}}, "linear has the fields factor, needs factor"),
     ({"rope_scaling": {"type": "linear", "factor": 2, "mscale": 1}}, "does not take mscale"),
     ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor: expected a number of at least 1, got 0.5"),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        "rope_scaling: linear belongs to position_method 'rope', got 'none'",
+    ),
+    (
+        {"rope_scaling": Yarn(factor=2.0), "position_method": torch.nn.Identity()},
+        "rope_scaling: yarn belongs to position_method 'rope', got 'Identity'",
+    ),
+    ({"rope_scaling": Yarn(factor=2.0, beta_slow=0)}, "expected beta_slow above 0 .* beta_fast, got 0 and 32"),
+    ({"rope_scaling": Yarn(factor=2.0, beta_fast=0.5)}, "expected beta_slow above 0 .*, got 1.0 and 0.5"),
     ({"rope_scaling": Yarn(factor=float("nan"))}, "factor: expected a number of at least 1, got nan"),
     (
         {"rope_scaling": {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4,
@@ -149,6 +159,10 @@ def test_sizes() -> None:
         ({"kv_rank": 8, "head_dim": 8}, "head_dim: expected none with kv_rank, got 8"),
         ({"kv_rank": 8, "qk_norm": True}, "qk_norm: expected none with kv_rank, got True"),
         ({"kv_rank": 8, "position_method": "alibi"}, "expected 'rope' or 'none' with kv_rank, got 'alibi'"),
+        (
+            {"kv_rank": 8, "position_method": "none", "rope_scaling": Yarn(factor=2.0)},
+            "yarn belongs to .*'rope', got 'none'",
+        ),
         ({"kv_rank": 8, "absorb": "yes"}, "absorb: expected True or False, got 'yes'"),
         ({"kv_rank": 8, "rope_interleave": 1}, "rope_interleave: expected True or False, got 1"),
         ({"kv_rank": 8, "norm_eps": "small"}, "norm_eps: expected a number of at least 0, got 'small'"),
