@@ -119,7 +119,9 @@ def attention(
             query, key, value, packed, mask, alibi_slopes, seed, softcap, dropout, scale, options, learns
         )
     else:
-        if dropout > 0 and seed is None:
+        if dropout > 0 and query.is_meta:  # there are no weights to drop, and no generator to draw from
+            dropout = 0.0
+        elif dropout > 0 and seed is None:
             seed = int(torch.randint(1 << 62, (), device="cpu"))
         bias_grad = learns and mask is not None and mask.requires_grad
         call, resolved = prepare(
@@ -183,6 +185,8 @@ def prepare(
     except TypeError:  # an option that has no hash; the checks say which
         resolved = None
     if resolved is None:
+        if torch._C._is_tracing():
+            raise InputError("expected a plain call, got one inside torch.jit.trace; use torch.export or torch.compile")
         causal, window, layout, precision, deterministic, backend, return_lse, strict = options
         check(query, key, value, packed, mask, alibi_slopes, window, layout, precision)
         check_choice(

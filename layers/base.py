@@ -9,6 +9,7 @@ from torch import nn
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
+from tilewise.kernels.run import autocasts
 
 from .attention import attention
 from .checks import check_dense, check_flags
@@ -339,7 +340,7 @@ class FastAttention(nn.Module):
         if type(projection) is not nn.Linear:  # an adapter or a quantised layer says by itself what it takes
             return
         weight, kind = projection.weight, tensor.device.type
-        if tensor.device != weight.device or (tensor.dtype != weight.dtype and not torch.is_autocast_enabled(kind)):
+        if tensor.device != weight.device or (tensor.dtype != weight.dtype and not autocasts(kind)):
             raise InputError(
                 f"expected {name} {weight.dtype} on {weight.device} like the layer's weights, got {tensor.dtype} "
                 f"{tuple(tensor.shape)} on {tensor.device}"

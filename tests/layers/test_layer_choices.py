@@ -303,3 +303,18 @@ def test_a_module_that_learns() -> None:
     assert gradient is not None
     assert bool((gradient != 0).any())
     assert layer.o_proj.weight.shape == (EMBED, EMBED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel_type", ["auto", "pytorch"])
+def test_a_layer_on_the_meta_device_gives_shapes(form: str, kernel_type: str) -> None:
+    layer = layer_of(form, causal=True, dropout=0.1, kernel_type=kernel_type, device="meta")
+    x = rows(5).to("meta").requires_grad_()
+    out, lse, cache = layer(x, attn_mask=torch.zeros(5, 5, device="meta"), return_lse=True, use_cache=True)
+    assert (out.shape, lse.shape, cache.length) == (x.shape, (2, HEADS, 5), 5)
+    out.sum().backward()
+    assert all(weight.grad is not None and weight.grad.is_meta for weight in layer.parameters())
+    with torch.no_grad():
+        assert layer(x[:, :1], past_key_value=cache).is_meta
+    with pytest.raises(InputError, match=r"expected query torch.float32 on meta .* got torch.float16 \(2, 5, 48\)"):
+        layer(x.half())

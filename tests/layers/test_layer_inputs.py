@@ -176,3 +176,11 @@ def test_sizes() -> None:
 def test_only_the_grouped_layer_takes_heads_of_keys(form: str) -> None:
     with pytest.raises(TypeError, match="num_kv_heads"):
         FORMS[form](num_kv_heads=2)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, that it is old and that shapes become constants
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trace_points_to_what_keeps_lengths_open(form: str, ran: Ran) -> None:
+    with pytest.raises(InputError, match=r"inside torch\.jit\.trace; use torch\.export or torch\.compile"):
+        torch.jit.trace(layer_of(form, causal=True), (rows(5),))  # type: ignore[no-untyped-call]
+    assert not ran
