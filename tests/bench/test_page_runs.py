@@ -170,8 +170,9 @@ def test_every_layer_is_checked_with_all_its_gradients(layer: str, bench: Bench,
     assert row.projection_flops == 6 * 24 * weights
 
 
-def test_sweeps_have_a_table_and_a_plot(bench: Bench, tmp_path: Path) -> None:
+def test_sweeps_have_a_table_and_a_plot(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert bench("--sweep", "seq_len", "--pass", "inference", "--backends", "pytorch", "auto") == 0
+    assert capsys.readouterr().out.startswith("written: ")  # of sweeps nothing is claimed
     assert [row.spec.seq_len for row in report_in(tmp_path).rows] == [6, 12, 24]
     assert (tmp_path / "page_seq_len.png").exists()
     assert (
@@ -193,7 +194,7 @@ def test_print_cores(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path:
     [
         (("--dtype", "fp16"), "--dtype: expected float16, bfloat16 or float32, got 'fp16'"),
         (("--pass", "backward"), "--pass: expected inference or training, got 'backward'"),
-        (("--models", "gpt"), "unknown model 'gpt'"),
+        (("--models", "gpt"), "--models: expected some of .*, got 'gpt'"),
         (("--backends", "pytorch", "cuda"), "--backends: expected some of pytorch, triton, .* got cuda"),
         (("--num_runs", "3", "core"), "--num_runs 3: expected options of core behind its name"),
         (("--trinix", "/nowhere"), "--trinix /nowhere: expected a folder"),
@@ -208,6 +209,24 @@ def test_bad_usage(
     assert len(said.splitlines()) == 1
     assert re.search(message, said)
     assert not (tmp_path / "page.json").exists()
+
+
+@pytest.mark.parametrize("command", [("bench",), ("bench", "core", "--only", "inference.fp32.b1.h2.kv2.q8.k8.d8")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("page.md", "expected a name that ends in .json"), ("file/page.json", "cannot be written .*; name another file")],
+)
+def test_where_no_report_can_be_written_nothing_is_measured(
+    command: tuple[str, ...], name: str, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["tilewise", *command, "--device", "cpu", "--output", str(tmp_path / name)])
+    assert ended(cli.main) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert re.search(f"--output .*{name}:? {message}", said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_the_script_takes_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
