@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from tilewise.domain.errors import SettingsError
 
-from ..console import err, out, print_json, print_table
+from ..console import err, out, print_json, print_table, telling_what_is_kept
 from ..options import AsJson, DeviceName
 from .commandline import words_given
 
@@ -174,7 +174,8 @@ def page(
         cores=cores,
     )
     command = words_given(context, ["tilewise", "bench"], UNTOLD)
-    result = benchmark.run(options, where, target, command=command, tell=lambda line: err.print(line, markup=False))
+    with telling_what_is_kept(target):
+        result = benchmark.run(options, where, target, command=command, tell=lambda line: err.print(line, markup=False))
     _show(result.report, target, as_json)
     if result.left:
         err.print(f"{result.left} rows are left: the same command goes on with them")

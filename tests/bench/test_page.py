@@ -303,6 +303,17 @@ def test_the_plots_show_every_timed_cell(tmp_path: Path) -> None:
     assert memory.get_xlabel() == "hidden size"
 
 
+def test_rows_without_times_keep_their_place_and_tables_of_such_rows_are_not_drawn(tmp_path: Path) -> None:
+    def untimed(spec: Spec) -> PageRow:
+        return replace(a_row(spec, 0.25), cells=(Cell(backend="auto", outcome=Outcome.SKIPPED),))
+
+    report = page_report.opened(Path("nowhere"), made.RUN).with_row(untimed(PAGE[0]))
+    assert page_plot.draw(report, tmp_path / "page.png") == []
+    (panel,) = page_plot._bars([[untimed(PAGE[0]), a_row(PAGE[1], 0.25), untimed(PAGE[2])]], "a device").axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["MHA", "Self", "GQA"]
+    assert panel.get_xlim() == (-0.5, 2.5)
+
+
 def test_a_layer_by_any_of_its_names() -> None:
     for short, long in page_specs.LAYERS.items():
         assert page_specs.layer_named(short) == page_specs.layer_named(long) == short

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tilewise.bench import baseline, core_report, core_row, page, page_report, page_row
-from tilewise.bench.page_records import BACKENDS, Cell
-from tilewise.bench.page_specs import Chosen
+from tilewise.bench.page_records import BACKENDS, Cell, PageRow
+from tilewise.bench.page_specs import Chosen, Spec
 from tilewise.cli import main as cli
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Dtype, Pass
@@ -279,6 +280,9 @@ def test_a_layer_without_room_is_skipped_and_the_run_goes_on(
     assert {cell.message for cell in first.cells} == {
         "the layer and its check need about 0.0 GiB, of which 0.0 GiB are free"
     }
+    needed = {cell.backend: cell.needed_bytes for cell in first.cells}
+    assert needed["auto"] == 2 << 20
+    assert needed["pytorch"] == (2 << 20) + 2 * 8 * 24 * 24 * 4 + 3 * 24 * 64 * 2 * 4  # two score matrices, and copies
     assert second.timing("auto") is not None
     assert "the layer and its check need" in (tmp_path / "page.md").read_text()
 
@@ -305,6 +309,33 @@ def test_a_layer_that_runs_out_of_memory_is_skipped(
     monkeypatch.setattr(page_row.Subject, "bounds", bounds)
     assert bench(*ONE) == 0
     assert {cell.message for cell in cells_of(tmp_path).values()} == {"tried to allocate too much"}
+
+
+def test_ctrl_c_keeps_finished_rows_and_the_same_command_goes_on(
+    bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--models", "llama3_70b", "--layers", "mha", "gqa", "mqa", "--pass", "inference", "--backends", "auto")
+    for layer, said in (
+        ("mha", "interrupted: no row was finished"),
+        (
+            "mqa",
+            f"interrupted: finished rows are kept in {tmp_path / 'page.json'}; the same command goes on with the rest",
+        ),
+    ):
+        with monkeypatch.context() as patched:
+
+            def interrupted(spec: Spec, *given: Any, layer: str = layer, inner: Any = page_row.measure) -> PageRow:
+                if spec.layer == layer:
+                    raise KeyboardInterrupt
+                found: PageRow = inner(spec, *given)
+                return found
+
+            patched.setattr(page, "measure", interrupted)
+            assert bench(*command) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == said
+    assert [row.spec.layer for row in report_in(tmp_path).rows] == ["mha", "gqa"]
+    assert bench(*command) == 0
+    assert [row.spec.layer for row in report_in(tmp_path).rows] == ["mha", "gqa", "mqa"]
 
 
 def test_a_row_that_fails_as_a_whole(

@@ -182,5 +182,5 @@ def test_only_the_grouped_layer_takes_heads_of_keys(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_trace_points_to_what_keeps_lengths_open(form: str, ran: Ran) -> None:
     with pytest.raises(InputError, match=r"inside torch\.jit\.trace; use torch\.export or torch\.compile"):
-        torch.jit.trace(layer_of(form, causal=True), (rows(5),))  # type: ignore[no-untyped-call]
+        torch.jit.trace(layer_of(form, causal=True), (rows(5),))
     assert not ran
