@@ -12,7 +12,7 @@ from tilewise.domain.errors import InputError
 from tilewise.kernels.run import autocasts
 
 from .attention import attention
-from .checks import check_dense, check_flags
+from .checks import check_dense, check_flags, is_one_of
 from .kv_cache import KeyValueCache
 from .masks import layer_mask, merged, with_zero_key
 from .norms import RMSNorm
@@ -357,7 +357,8 @@ def _ids(given: object, rows: torch.Tensor) -> torch.Tensor:
     """Return position ids (1 or batch, seq). Raises InputError for others than integers of that shape."""
     batch, length = rows.shape[:2]
     shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-    if not isinstance(given, torch.Tensor) or shape not in ((length,), (1, length), (batch, length)):
+    rowwise = isinstance(given, torch.Tensor) and given.dim() == 2 and is_one_of(given.shape[0], 1, batch)
+    if not isinstance(given, torch.Tensor) or not (given.dim() == 1 or rowwise) or given.shape[-1] != length:
         raise InputError(f"position_ids: expected integers ({length},) or ({batch}, {length}), got {shape}")
     if given.dtype not in (torch.int64, torch.int32) or given.device != rows.device:
         raise InputError(

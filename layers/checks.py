@@ -53,6 +53,11 @@ def check_window(window: tuple[int, int]) -> None:
         )
 
 
+def is_one_of(size: int, *sizes: int) -> bool:
+    """Whether `size` is one of `sizes`, also in a compiled graph, where `in` takes a symbol for none of the numbers."""
+    return any(size == each for each in sizes)
+
+
 def check_dense(name: str, tensor: torch.Tensor) -> None:
     """Raise InputError unless `tensor` is one block of memory that a kernel can read."""
     if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,23 @@ def test_layers_compile_into_one_graph(form: str, fresh_dynamo: None) -> None:  
         wanted, _ = layer(rows(3, seed=1), past_key_value=cache, use_cache=True)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     assert longer.length == 9
+
+
+@pytest.mark.parametrize("form", ["grouped", "decoupled"])
+def test_masks_and_positions_after_lengths_have_become_symbols(form: str, fresh_dynamo: None) -> None:  # noqa: ARG001
+    layer = layer_of(form, causal=True, position_method="rope")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for length in (9, 8):
+            compiled(rows(length))
+        given: dict[str, Any]
+        for given in (
+            {"attn_mask": torch.rand(2, 7) < 0.7},
+            {"attn_mask": torch.randn(2, 1, 7, 7)},
+            {"position_ids": torch.arange(7)},
+            {"position_ids": torch.arange(7).repeat(2, 1)},
+        ):
+            torch.testing.assert_close(compiled(rows(7), **given), layer(rows(7), **given), rtol=1e-5, atol=1e-5)
 
 
 # absorption
