@@ -168,6 +168,38 @@ def test_masks_and_positions_after_lengths_have_become_symbols(form: str, fresh_
             torch.testing.assert_close(compiled(rows(7), **given), layer(rows(7), **given), rtol=1e-5, atol=1e-5)
 
 
+# transforms
+
+
+def test_a_kernel_that_a_transform_cannot_see_through_is_not_demoted(
+    ran: Ran, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, x = layer_of("grouped", causal=True, kernel_type=Candidate("cpu_tiled")), rows(6)
+    weights = dict(layer.named_parameters())
+    for _ in range(2):
+        found = torch.func.grad(lambda given: torch.func.functional_call(layer, given, (x,)).square().sum())(weights)
+        ran.clear()
+        layer(x).square().sum().backward()
+        assert [each.backend for each in ran] == ["cpu_tiled", "sdpa"]  # which computes the gradients
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-4)
+            weight.grad = None
+    (said,) = caplog.records
+    assert "cpu_tiled failed inside a transform of torch.func" in said.getMessage()
+
+
+def test_dropout_has_one_seed_for_all_of_a_vmap() -> None:
+    layer, x = layer_of("self", dropout=0.5), rows(6)
+
+    def each(row: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = layer(row[None])[0]
+        return out
+
+    with pytest.raises(InputError, match=r"dropout: expected one seed for a call, .* use randomness='same'"):
+        torch.vmap(each, randomness="different")(x)
+    assert torch.vmap(each, randomness="same")(x).shape == x.shape
+
+
 # absorption
 
 
