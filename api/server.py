@@ -40,8 +40,8 @@ def serve(
             f"host {host!r} can be reached from other machines, and without a token anybody there could change what "
             "jobs run: make one with `tilewise tokens create`, or serve with --insecure"
         )
-    log.configure()
     with contextlib.closing(bind(host, port)) as listening:
+        log.configure()
         announce(url_of(listening))
         # The access log costs a third of the requests per second.
         config = uvicorn.Config(

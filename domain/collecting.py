@@ -9,7 +9,7 @@ from contextlib import contextmanager
 def uncollected() -> Iterator[None]:
     """Within, nothing is searched for garbage: what an import makes stays, and searching it takes up to a third longer.
 
-    Afterwards what is there is left out of every later search. A thread that is within keeps the others' garbage, too.
+    It is for imports only: garbage of other threads stays, too, until the first search afterwards.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -17,5 +17,4 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if enabled:
-            gc.freeze()
             gc.enable()

@@ -30,7 +30,7 @@ from .limits import Limits
 from .printed import Printed
 from .serving import Ahead, Beat, Finished, Phase, Raised, Room, Task, serve
 
-PRELOADED = ["tilewise.tuner.preloaded"]
+PRELOADED = ["triton", "tilewise.tuner.preloaded"]  # triton, where it is installed
 POLL_SECONDS = 0.1  # between two looks at memory and deadlines
 _CHUNK = 1 << 16
 _CHUNKS = 64  # read at once: a worker that prints without end must not keep us here

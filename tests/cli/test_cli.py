@@ -3,6 +3,7 @@
 import compileall
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -239,7 +240,9 @@ def test_a_database_that_is_newer_than_the_code(run: Cli, tmp_path: Path) -> Non
 def test_a_port_in_use(run: Cli) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
+        loggers = [*logging.getLogger("tilewise").handlers]
         assert run("serve", "--port", port) == 2
+        assert logging.getLogger("tilewise").handlers == loggers, "who serves nothing leaves them alone"
     assert run.err.startswith(f"tilewise: cannot serve on 127.0.0.1 port {port}: ")
     assert run.err.count("\n") == 1
 

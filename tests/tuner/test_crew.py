@@ -178,6 +178,8 @@ def test_the_end_of_a_search_does_not_wait_for_an_heir(pipeline: Pipeline, inher
     inheriting.bring_up(never, ["loads"])
     pipeline.submit(Candidate("sdpa"), must=True)
     pipeline.submit(Candidate("loads"), must=True)
+    while not any(waiting.compiled for waiting in pipeline._queues.to_measure):
+        pipeline._go_on()
     found = {tried.trial.candidate.backend: tried.trial for tried in pipeline.finish(grace=1.0)}
     assert {name: trial.outcome for name, trial in found.items()} == {"sdpa": Outcome.OK, "loads": Outcome.SKIPPED}
     assert found["loads"].message == "its package was not imported 1 s after the end of the search; allow more seconds"
