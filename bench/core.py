@@ -29,6 +29,7 @@ from .bars import Cell, bars, judge, named
 from .core_report import Report, opened, write
 from .core_row import MESSAGE_LIMIT, BrokenError, Options, Shared, Table, decoding, ours, rivals
 from .records import Row, Run
+from .report_file import check_target
 from .rows import measure_each
 from .vet import Job, Vetted, vet
 
@@ -76,6 +77,7 @@ def run(
         started=now(),
     )
     cells = chosen(options, described.kind)
+    check_target(output)
     report = opened(output, this)
     waiting = [cell for cell in cells if options.again or not _stands(report.row(cell.problem), this)]
     tell(f"{len(waiting)} of {len(cells)} rows to measure on {described.name}")

@@ -37,6 +37,7 @@ from .page_row import (
 )
 from .page_specs import Chosen, Spec, specs
 from .records import Run
+from .report_file import check_target
 from .rows import measure_each
 from .trinix_layers import TRINIX, Trinix
 
@@ -97,6 +98,7 @@ def run(options: Options, device: torch.device, output: Path, *, command: str, t
         command=command,
         started=now(),
     )
+    check_target(output)
     report = opened(output, this)
     if options.cores is not None:
         _answer_from(options.cores, this, output.with_suffix(".answers.json"))

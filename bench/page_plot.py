@@ -26,7 +26,7 @@ SHORT = {"mha": "MHA", "self": "Self", "gqa": "GQA", "mqa": "MQA", "latent": "La
 def draw(report: PageReport, path: Path) -> list[Path]:
     """Write a plot of the tables to `path` and one of each sweep beside it; return those that had something to show."""
     written = []
-    groups = groups_of(report.rows)
+    groups = [rows for rows in groups_of(report.rows) if _beside(rows)]
     if groups:
         _bars(groups, report.device.name).savefig(path)
         written.append(path)
@@ -45,8 +45,8 @@ def _bars(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
     drawn = Figure(figsize=(width, 3.4 * len(groups) + 1), dpi=DOTS_PER_INCH, layout="constrained")
     panels = drawn.subplots(len(groups), 1, squeeze=False)[:, 0]
     for panel, rows in zip(panels, groups, strict=True):
-        names = [name for name in columns_of(rows) if name != BASELINE and any(row.timing(name) for row in rows)]
-        width = 0.85 / max(1, len(names))
+        names = _beside(rows)
+        width = 0.85 / len(names)
         for place, name in enumerate(names):
             colour, _, hatch = LOOKS[name]
             heights = [row.speedup(name) or 0.0 for row in rows]
@@ -55,6 +55,7 @@ def _bars(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
             labels = [f"{height:.1f}" if height else "" for height in heights]
             panel.bar_label(bars, labels, fontsize=6, padding=1, rotation=90 if len(rows) > 8 else 0)
         panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_xlim(-0.5, len(rows) - 0.5)
         panel.set_xticks(range(len(rows)), [SHORT[row.spec.layer] for row in rows], fontsize=8)
         _name_models(panel, [row.spec for row in rows])
         panel.set_ylabel("times PyTorch's speed")
@@ -64,6 +65,11 @@ def _bars(groups: Sequence[Sequence[PageRow]], device: str) -> Figure:
     drawn.suptitle(f"Attention layers on {device}; PyTorch, the plain form, is 1", x=0.01, ha="left", fontweight="bold")
     _legend(drawn, panels)
     return drawn
+
+
+def _beside(rows: Sequence[PageRow]) -> list[str]:
+    """Return the columns that have a speed-up over the plain form in any row."""
+    return [name for name in columns_of(rows) if name != BASELINE and any(row.speedup(name) for row in rows)]
 
 
 def _legend(drawn: Figure, panels: Iterable[Axes]) -> None:

@@ -39,6 +39,7 @@ MESSAGE_LIMIT = 300
 CORE_ROUNDS = 30  # at most: without projections little moves their times
 LEAST_ROUNDS = 30  # of a row whose time is limited
 MATMUL = "matmul"
+PLAIN_FORMS = (BASELINE, "trinix_pytorch")  # which hold whole score matrices
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 Tensors = dict[str, torch.Tensor]
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -113,9 +114,10 @@ def measure(spec: Spec, shared: Shared, spoilt: Mapping[str, str]) -> PageRow:
 
 
 def without_room(spec: Spec, shared: Shared, reason: str, needed: int) -> PageRow:
-    """Return the row of a layer that does not fit at all: every cell says why."""
+    """Return the row of a layer that does not fit at all: every cell says why, the plain form's with its scores."""
+    sizes = {name: needed + (_plain_needs(spec) if name in PLAIN_FORMS else 0) for name in shared.backends}
     cells = tuple(
-        Cell(backend=name, outcome=Outcome.SKIPPED, message=reason, needed_bytes=needed) for name in shared.backends
+        Cell(backend=name, outcome=Outcome.SKIPPED, message=reason, needed_bytes=size) for name, size in sizes.items()
     )
     return PageRow(
         spec=spec, cells=cells, reference=BASELINE, projection_flops=0, matmul_tflops=0.0, core_matmul_tflops=0.0,
@@ -130,7 +132,7 @@ def needed_bytes(spec: Spec) -> int:
     the tensors of the rows count too.
     """
     weights = sum(parameter.numel() for parameter in spec.build(torch.device("meta")).parameters())
-    element = torch.finfo(TORCH_DTYPES[spec.dtype]).bits // 8
+    element = TORCH_DTYPES[spec.dtype].itemsize
     tokens = spec.batch * spec.seq_len
     copies = 2 if spec.pass_ is Pass.TRAINING else 1
     scores = spec.heads // spec.kv_heads * spec.seq_len**2 * 8 * (9 if spec.pass_ is Pass.TRAINING else 6)
@@ -268,8 +270,8 @@ def _checked(subject: Subject, name: str, bounds: dict[str, Bound], shared: Shar
     cell, needed = Cell(backend=name, outcome=Outcome.OK), None
     if spoilt is not None:
         return replace(cell, outcome=Outcome.WORKER_DIED, message=f"it left the device unusable: {spoilt}")
-    if name in (BASELINE, "trinix_pytorch"):
-        more, free = _plain_needs(subject), free_bytes(shared.device)
+    if name in PLAIN_FORMS:
+        more, free = _plain_needs(subject.spec), free_bytes(shared.device)
         needed = more + subject.resident_bytes
         if more > free:
             reason = f"needs about {gib(more)}, of which {gib(free)} are free"
@@ -346,14 +348,12 @@ def _candidate(name: str, problem: Problem, shared: Shared) -> Candidate:
     return candidate
 
 
-def _plain_needs(subject: Subject) -> int:
+def _plain_needs(spec: Spec) -> int:
     """Return about what the plain form allocates in a step: its scores, and copies of its heads."""
-    spec, element = subject.spec, subject.x.element_size()
+    element, training = TORCH_DTYPES[spec.dtype].itemsize, spec.pass_ is Pass.TRAINING
     tokens, dims = spec.batch * spec.seq_len, sum(spec.head_dims)
-    copies = 3 * tokens * spec.heads * dims * element * (2 if subject.training else 1)
-    scores = baseline.needed_bytes(
-        spec.batch, spec.heads, spec.seq_len, spec.seq_len, element, training=subject.training
-    )
+    copies = 3 * tokens * spec.heads * dims * element * (2 if training else 1)
+    scores = baseline.needed_bytes(spec.batch, spec.heads, spec.seq_len, spec.seq_len, element, training=training)
     return scores + copies
 
 

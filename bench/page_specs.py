@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tilewise.domain.errors import SettingsError
-from tilewise.domain.models import ModelShape, model_named
+from tilewise.domain.models import MODELS, ModelShape
 from tilewise.domain.problem import Dtype, Pass, Problem
 from tilewise.kernels.call import TORCH_DTYPES
 from tilewise.layers.base import FastAttention
@@ -27,6 +27,14 @@ LAYERS = {
     "mqa": "MultiQueryAttention",
     "latent": "LatentAttention",
     "mla": "DeepSeek's LatentAttention",
+}
+# those of the page, as their users write them; the class of DeepSeek's is that of the simple form
+CLASSES = {
+    "mha": "FastMultiHeadAttention",
+    "self": "FastMultiHeadSelfAttention",
+    "gqa": "FastGroupedQueryAttention",
+    "mqa": "FastMultiQueryAttention",
+    "latent": "FastMultiHeadLatentAttention",
 }
 GROUPED_HEADS = 8  # of the grouped row where the model's own layers share nothing
 LATENT_SHARE = 8  # the simple form's latent is hidden / 8
@@ -124,7 +132,9 @@ def specs(chosen: Chosen) -> tuple[Spec, ...]:
     names = chosen.models or ((SWEPT_MODEL,) if chosen.sweeps else ("deepseek_v3", "llama3_70b", "llama3_405b"))
     found: list[Spec] = []
     for name in names:
-        shape = _resized(model_named(name), chosen)
+        if name not in MODELS:
+            raise SettingsError(f"--models: expected some of {', '.join(MODELS)}, got {name!r}")
+        shape = _resized(MODELS[name], chosen)
         defaults = (SWEPT_LAYER,) if chosen.sweeps else _layers_of(name)
         for pass_ in chosen.passes:
             rows = [_spec(shape, layer, pass_, chosen) for layer in layers or defaults]
@@ -134,12 +144,14 @@ def specs(chosen: Chosen) -> tuple[Spec, ...]:
 
 
 def layer_named(name: str) -> str:
-    """Return a layer's short name, of that or of the page's name in any case."""
+    """Return a layer's short name, of that, of the page's name or of its class, in any case."""
     wanted = name.lower()
     for short, long in LAYERS.items():
-        if wanted in (short, long.lower(), f"fast{long.lower()}"):
+        if wanted in (short, long.lower(), CLASSES.get(short, long).lower()):
             return short
-    raise SettingsError(f"--layers: expected some of {', '.join(LAYERS)} or the page's names, got {name!r}")
+    raise SettingsError(
+        f"--layers: expected some of {', '.join(LAYERS)}, the page's names or those of classes, got {name!r}"
+    )
 
 
 def _layers_of(model: str) -> Sequence[str]:

@@ -25,11 +25,31 @@ def check_device(path: Path, found: str, here: str) -> None:
         raise SettingsError(f"{path} holds rows of {found}, and this is {here}; name another file with --output")
 
 
+def check_target(path: Path) -> None:
+    """Raise SettingsError unless a report can be written at `path`, before hours are spent on its rows.
+
+    Page and plots have its name with other endings, so it must be a name of its own.
+    """
+    if path.suffix != ".json":
+        raise SettingsError(f"--output {path}: expected a name that ends in .json; the page and plots go beside it")
+    part = _part(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise SettingsError(f"--output {path} cannot be written ({error}); name another file") from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
 def save(report: object, page: str, path: Path) -> None:
     """Write the JSON to `path` and `page` beside it, each at once: an interrupted run leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = json.dumps(codec.to_json(report), indent=1) + "\n"
     for target, text in ((path, document), (path.with_suffix(".md"), page)):
-        part = target.with_name(target.name + ".part")
+        part = _part(target)
         part.write_text(text)
         os.replace(part, target)

@@ -15,16 +15,9 @@ from torch import nn
 from tilewise.domain.errors import SettingsError, UnsupportedError
 from tilewise.kernels.call import TORCH_DTYPES
 
-from .page_specs import Spec
+from .page_specs import CLASSES, Spec
 
 TRINIX = {"trinix_pytorch": "pytorch", "trinix_triton": "triton"}
-_CLASSES = {
-    "mha": "FastMultiHeadAttention",
-    "self": "FastMultiHeadSelfAttention",
-    "gqa": "FastGroupedQueryAttention",
-    "mqa": "FastMultiQueryAttention",
-    "latent": "FastMultiHeadLatentAttention",
-}
 
 
 class Trinix:
@@ -44,7 +37,7 @@ class Trinix:
 
     def layer(self, spec: Spec, ours: nn.Module, column: str) -> nn.Module:
         """Return its layer of `spec` with the weights of `ours`. Raises UnsupportedError for one that it has not."""
-        name = _CLASSES.get(spec.layer)
+        name = CLASSES.get(spec.layer)
         if name is None:
             raise UnsupportedError("trinix has no such layer")
         sizes = (spec.hidden, spec.heads, *([spec.kv_heads] if spec.layer == "gqa" else []))

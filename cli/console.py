@@ -1,8 +1,11 @@
 """The two consoles that print: results to stdout, everything else to stderr."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -30,3 +33,14 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
         wide.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     out.print("\n".join([title, *lines] if title else lines), markup=False)
+
+
+@contextmanager
+def telling_what_is_kept(report: Path) -> Iterator[None]:
+    """On a Ctrl-C say what `report` has of a benchmark, and exit with code 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"finished rows are kept in {report}; the same command goes on with the rest"
+        err.print(f"interrupted: {kept if report.exists() else 'no row was finished'}", markup=False)
+        raise typer.Exit(1) from None

@@ -49,8 +49,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--source", type=int, default=128)
     parser.add_argument("--target", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--kernel", default="auto", help="auto, flash, triton, sdpa or pytorch")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernel", default="auto", choices=("auto", "flash", "triton", "sdpa", "pytorch"))
+    parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 

@@ -56,8 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=256, help="tokens that are there already")
     parser.add_argument("--new", type=int, default=16, help="tokens that come one by one")
-    parser.add_argument("--kernel", default="flash", help="auto, flash, triton, sdpa or pytorch")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernel", default="flash", choices=("auto", "flash", "triton", "sdpa", "pytorch"))
+    parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 

@@ -67,8 +67,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--kernel", default="flash", help="auto, flash, triton, sdpa or pytorch")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernel", default="flash", choices=("auto", "flash", "triton", "sdpa", "pytorch"))
+    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 

@@ -28,7 +28,7 @@ def run(call: Call, candidate: Candidate) -> Result:
     recomputes through torch (`domain.matching.default_candidate`). The LSE is not differentiable.
     """
     kind = call.query.device.type
-    if torch.is_autocast_enabled(kind):  # the tensors have their dtypes: what is computed is what the problem says
+    if autocasts(kind):  # the tensors have their dtypes: what is computed is what the problem says
         with torch.autocast(kind, enabled=False):
             return run(call, candidate)
     call = _as_stored(call)
@@ -38,6 +38,11 @@ def run(call: Call, candidate: Candidate) -> Result:
         return out, None if lse is None else lse.detach()
     out, lse = _Attention.apply(call.query, call.key, call.value, call.mask, call, candidate)
     return out, lse
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for devices of this kind; torch raises where it is asked that of meta."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _as_stored(call: Call) -> Call:
@@ -96,7 +101,7 @@ def backward(
 
 def _own_dtypes(call: Call) -> contextlib.AbstractContextManager[object]:
     kind = call.query.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
 
 class _Attention(torch.autograd.Function):

@@ -16,7 +16,7 @@ from tilewise.kernels.run import run
 
 from . import session
 from .checks import check_choice, check_dense, check_learning, check_numbers, check_window
-from .resolve import Resolved, demote, resolve
+from .resolve import Resolved, demote, resolve, warn_of_transforms
 
 MEMO_LIMIT = 65_536
 Found = TypeVar("Found")
@@ -119,8 +119,10 @@ def attention(
             query, key, value, packed, mask, alibi_slopes, seed, softcap, dropout, scale, options, learns
         )
     else:
-        if dropout > 0 and seed is None:
-            seed = int(torch.randint(1 << 62, (), device="cpu"))
+        if dropout > 0 and query.is_meta:  # there are no weights to drop, and no generator to draw from
+            dropout = 0.0
+        elif dropout > 0 and seed is None:
+            seed = _drawn_seed()
         bias_grad = learns and mask is not None and mask.requires_grad
         call, resolved = prepare(
             query,
@@ -144,6 +146,16 @@ def attention(
         return out
     assert lse is not None, "resolve chose a backend that gives the LSE"
     return out, lse
+
+
+def _drawn_seed() -> int:
+    drawn = torch.randint(1 << 62, (), device="cpu")
+    if torch._C._functorch.is_batchedtensor(drawn):
+        raise InputError(
+            "dropout: expected one seed for a call, got one for every entry of torch.vmap(randomness='different'); use "
+            "randomness='same', or give the seed"
+        )
+    return int(drawn)
 
 
 def prepare(
@@ -183,6 +195,8 @@ def prepare(
     except TypeError:  # an option that has no hash; the checks say which
         resolved = None
     if resolved is None:
+        if torch._C._is_tracing():
+            raise InputError("expected a plain call, got one inside torch.jit.trace; use torch.export or torch.compile")
         causal, window, layout, precision, deterministic, backend, return_lse, strict = options
         check(query, key, value, packed, mask, alibi_slopes, window, layout, precision)
         check_choice(
@@ -216,7 +230,10 @@ def run_resolved(call: Call, resolved: Resolved, runner: Callable[[Call, Candida
     except Exception as error:  # a plan that fails here must not stop a training step
         if strict or resolved.candidate == resolved.fallback:
             raise
-        demote(resolved, call.query.device, error)
+        if torch._C._are_functorch_transforms_active():
+            warn_of_transforms(resolved.candidate, error)
+        else:
+            demote(resolved, call.query.device, error)
         return runner(call, resolved.fallback)
 
 

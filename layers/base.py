@@ -9,13 +9,14 @@ from torch import nn
 
 from tilewise.domain.config import Candidate
 from tilewise.domain.errors import InputError
+from tilewise.kernels.run import autocasts
 
 from .attention import attention
-from .checks import check_dense
+from .checks import check_dense, check_flags, is_one_of
 from .kv_cache import KeyValueCache
 from .masks import layer_mask, merged, with_zero_key
 from .norms import RMSNorm
-from .options import backend_of, check_options, check_sizes
+from .options import backend_of, check_epsilon, check_options, check_sizes
 from .positions import Placed, Places, Span, as_tensor, positions_of
 from .rope_scaling import Scaling, scaling_of
 
@@ -87,7 +88,6 @@ class FastAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
         head_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
@@ -107,17 +107,16 @@ class FastAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
-            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-            max_seq_len=max_seq_len,
-        )  # fmt: skip
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, max_seq_len=max_seq_len)
         check_options(kernel_type, dropout, sliding_window)
+        check_flags(
+            bias=bias, causal=causal, qk_norm=qk_norm, add_zero_attn=add_zero_attn, batch_first=batch_first,
+            strict=strict,
+        )  # fmt: skip
+        check_epsilon("qk_norm_eps", qk_norm_eps)
         if head_dim is None and embed_dim % num_heads:
             raise InputError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        if num_heads % self.num_kv_heads:
-            raise InputError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {self.num_kv_heads}")
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_heads
         self.head_dim = head_dim or embed_dim // num_heads
         self.dropout, self.causal, self.kernel_type, self.strict = float(dropout), causal, kernel_type, strict
         self.add_zero_attn, self.batch_first = add_zero_attn, batch_first
@@ -341,7 +340,7 @@ class FastAttention(nn.Module):
         if type(projection) is not nn.Linear:  # an adapter or a quantised layer says by itself what it takes
             return
         weight, kind = projection.weight, tensor.device.type
-        if tensor.device != weight.device or (tensor.dtype != weight.dtype and not torch.is_autocast_enabled(kind)):
+        if tensor.device != weight.device or (tensor.dtype != weight.dtype and not autocasts(kind)):
             raise InputError(
                 f"expected {name} {weight.dtype} on {weight.device} like the layer's weights, got {tensor.dtype} "
                 f"{tuple(tensor.shape)} on {tensor.device}"
@@ -358,7 +357,8 @@ def _ids(given: object, rows: torch.Tensor) -> torch.Tensor:
     """Return position ids (1 or batch, seq). Raises InputError for others than integers of that shape."""
     batch, length = rows.shape[:2]
     shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-    if not isinstance(given, torch.Tensor) or shape not in ((length,), (1, length), (batch, length)):
+    rowwise = isinstance(given, torch.Tensor) and given.dim() == 2 and is_one_of(given.shape[0], 1, batch)
+    if not isinstance(given, torch.Tensor) or not (given.dim() == 1 or rowwise) or given.shape[-1] != length:
         raise InputError(f"position_ids: expected integers ({length},) or ({batch}, {length}), got {shape}")
     if given.dtype not in (torch.int64, torch.int32) or given.device != rows.device:
         raise InputError(

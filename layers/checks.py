@@ -36,6 +36,13 @@ def check_numbers(
         check_window(window)
 
 
+def check_flags(**flags: object) -> None:
+    """Raise InputError unless each is True or False."""
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise InputError(f"{name}: expected True or False, got {flag!r}")
+
+
 def check_window(window: tuple[int, int]) -> None:
     """Raise InputError unless `window` is a pair of whole numbers in their range."""
     if type(window) is not tuple:
@@ -44,6 +51,11 @@ def check_window(window: tuple[int, int]) -> None:
         raise InputError(
             f"window: expected (left, right), each -1 (unbounded) or from 0 to {MAX_WINDOW}, got {window!r}"
         )
+
+
+def is_one_of(size: int, *sizes: int) -> bool:
+    """Whether `size` is one of `sizes`, also in a compiled graph, where `in` takes a symbol for none of the numbers."""
+    return any(size == each for each in sizes)
 
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
@@ -81,9 +93,7 @@ def check_learning(**tensors: torch.Tensor | None) -> None:
 
 def check_choice(backend: str | Candidate, query: torch.Tensor, value: torch.Tensor, **flags: bool) -> None:
     """Raise InputError for a flag that is not a bool, or a named backend whose kernels end below the head_dim."""
-    for name, flag in flags.items():
-        if type(flag) is not bool:
-            raise InputError(f"{name}: expected True or False, got {flag!r}")
+    check_flags(**flags)
     name = backend.backend if isinstance(backend, Candidate) else backend
     if type(name) is not str:
         raise InputError(f"backend: expected a name or a Candidate, got {backend!r}")

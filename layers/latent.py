@@ -9,10 +9,12 @@ from torch import nn
 from tilewise.domain.errors import InputError
 
 from .base import Asked, Attended, FastAttention
+from .checks import check_flags
 from .masks import spelled_out
 from .norms import RMSNorm
-from .options import Options, check_sizes
-from .positions import Placed, Places, Positions, as_tensor, rope_of
+from .options import Options, check_epsilon, check_sizes
+from .positions import Placed, Places, Positions, as_tensor, check_scaled, rope_of
+from .rope_scaling import scaling_of
 from .rotation import gives_fresh, joined
 
 
@@ -72,6 +74,10 @@ class FastMultiHeadLatentAttention(FastAttention):
             latent_dim=latent_dim, q_rank=q_rank, kv_rank=kv_rank, nope_head_dim=nope_head_dim,
             rope_head_dim=rope_head_dim, v_head_dim=v_head_dim,
         )  # fmt: skip
+        check_flags(rope_interleave=rope_interleave)
+        if absorb is not None:
+            check_flags(absorb=absorb)
+        check_epsilon("norm_eps", norm_eps)
         self.decoupled = kv_rank is not None
         if self.decoupled:
             _check_decoupled(latent_dim, options)
@@ -79,12 +85,14 @@ class FastMultiHeadLatentAttention(FastAttention):
         elif q_rank is not None:
             raise InputError(f"q_rank {q_rank} belongs to kv_rank; give both, or latent_dim for the simple form")
         method = options.pop("position_method", "rope" if self.decoupled else "none")
-        options["position_method"] = "none" if self.decoupled else method
-        super().__init__(embed_dim, num_heads, **options)
+        whole: Options = {**options, "position_method": method}
+        if self.decoupled:  # only a part of its heads is placed, below
+            whole |= {"position_method": "none", "rope_scaling": None}
+        super().__init__(embed_dim, num_heads, **whole)
         self.absorb = absorb
         if kv_rank is not None:
             self.dims = _Dims(kv_rank, nope_head_dim, rope_head_dim, v_head_dim)
-            self.position_method = method
+            self.position_method, self.rope_scaling = method, scaling_of(options.get("rope_scaling"))
             self.positions = self._decoupled_positions(rope_interleave, options)
         else:
             rank = latent_dim or max(16, embed_dim // 8)
@@ -96,13 +104,14 @@ class FastMultiHeadLatentAttention(FastAttention):
         return self.rope_scaling.score_factor if self.decoupled else 1.0
 
     def _decoupled_positions(self, interleaved: bool, options: Options) -> Positions:
-        if self.position_method == "none":
-            return Positions()
-        if self.position_method != "rope":
+        if self.position_method not in ("rope", "none"):
             raise InputError(
                 f"position_method: expected 'rope' or 'none' with kv_rank, got {self.position_method!r}; the simple "
                 "form (latent_dim) takes others"
             )
+        check_scaled(self.position_method, self.rope_scaling)
+        if self.position_method == "none":
+            return Positions()
         return rope_of(
             self.dims.rope,
             base=options.get("rope_base", 10000.0),

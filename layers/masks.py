@@ -5,7 +5,7 @@ import torch
 from tilewise.domain.errors import InputError
 from tilewise.kernels.call import FLOATING, allowed
 
-from .checks import check_dense
+from .checks import check_dense, is_one_of
 
 
 def layer_mask(mask: torch.Tensor, *, batch: int, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def layer_mask(mask: torch.Tensor, *, batch: int, heads: int, q_len: int, kv_len
         )
     forms = {2: ((q_len, kv_len), (batch, kv_len)), 3: ((batch, q_len, kv_len),), 4: ((batch, heads, q_len, kv_len),)}
     for full in forms.get(mask.dim(), ()):
-        if shape[-1] == kv_len and all(have in (1, want) for have, want in zip(shape, full, strict=True)):
+        if shape[-1] == kv_len and all(is_one_of(have, 1, want) for have, want in zip(shape, full, strict=True)):
             return _four(mask, full == (batch, kv_len) and shape[0] == batch)
     raise InputError(
         f"attn_mask: expected (q_len, kv_len) = ({q_len}, {kv_len}), (batch, kv_len) = ({batch}, {kv_len}), "

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tilewise.domain.errors import InputError
+
 from .base import Asked, FastAttention
 from .options import Options, SourceOptions, check_sizes
 
@@ -31,8 +33,11 @@ class FastGroupedQueryAttention(FastAttention):
         vdim: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        check_sizes(num_kv_heads=num_kv_heads, kdim=kdim, vdim=vdim)
-        super().__init__(embed_dim, num_heads, num_kv_heads=num_kv_heads, **options)
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, kdim=kdim, vdim=vdim)
+        if num_heads % num_kv_heads:
+            raise InputError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        super().__init__(embed_dim, num_heads, **options)
+        self.num_kv_heads = num_kv_heads
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = self._projection(embed_dim, inner)

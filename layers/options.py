@@ -1,5 +1,6 @@
 """The keyword arguments of the layers, and what is refused of them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -57,6 +58,12 @@ def backend_of(kernel_type: object) -> str | Candidate:
     if type(kernel_type) is not str or kernel_type not in KERNEL_TYPES:
         raise InputError(f"kernel_type: expected one of {', '.join(KERNEL_TYPES)}, got {kernel_type!r}")
     return KERNEL_TYPES[kernel_type]
+
+
+def check_epsilon(name: str, epsilon: object) -> None:
+    """Raise InputError unless it is a number that a mean of squares may be raised by."""
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
+        raise InputError(f"{name}: expected a number of at least 0, got {epsilon!r}")
 
 
 def check_options(kernel_type: object, dropout: object, sliding_window: object) -> None:

@@ -217,6 +217,7 @@ def positions_of(
     method: str | nn.Module, *, heads: int, dim: int, base: float, max_seq_len: int, scaling: Scaling
 ) -> Positions:
     """Return what a layer's position_method stands for. Raises InputError for one that is unknown or cannot be."""
+    check_scaled(method, scaling)
     if isinstance(method, nn.Module):
         return Custom(method)
     if method == "none":
@@ -226,6 +227,15 @@ def positions_of(
     if method == "rope":
         return rope_of(dim, base=base, max_seq_len=max_seq_len, scaling=scaling)
     raise InputError(f"position_method: expected one of {', '.join(METHODS)} or an nn.Module, got {method!r}")
+
+
+def check_scaled(method: str | nn.Module, scaling: Scaling) -> None:
+    """Raise InputError for a scaling that nothing would be scaled by."""
+    if method != "rope" and scaling.rope_type != Scaling.rope_type:
+        name = method if isinstance(method, str) else type(method).__name__
+        raise InputError(
+            f"rope_scaling: {scaling.rope_type} belongs to position_method 'rope', got {name!r}; leave one of them out"
+        )
 
 
 def rope_of(dim: int, *, base: float, max_seq_len: int, scaling: Scaling, interleaved: bool = False) -> Rope:

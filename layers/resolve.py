@@ -96,6 +96,14 @@ def demote(resolved: Resolved, device: torch.device, error: Exception) -> None:
     resolved.candidate = resolved.fallback
 
 
+def warn_of_transforms(candidate: Candidate, error: Exception) -> None:
+    """Say once that `candidate` stood back in a transform of torch.func because of `error`; it runs elsewhere."""
+    _warn(
+        f"{candidate} failed inside a transform of torch.func, where torch's own choice runs instead: {error}",
+        once=(candidate.backend, "transforms"),
+    )
+
+
 def forget() -> None:
     """Forget what failed and what was warned of; for tests."""
     _demoted.clear()

@@ -185,6 +185,11 @@ def _checked(scaling: Scaling) -> Scaling:
         least = 1 if field.name in ("factor", "original_max_position_embeddings") else 0
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise InputError(f"rope_scaling: {field.name}: expected a number of at least {least}, got {value!r}")
+    if isinstance(scaling, Yarn) and not 0 < scaling.beta_slow <= scaling.beta_fast:
+        raise InputError(
+            "rope_scaling: expected beta_slow above 0 and not above beta_fast, got "
+            f"{scaling.beta_slow} and {scaling.beta_fast}"
+        )
     if isinstance(scaling, Llama3) and scaling.low_freq_factor >= scaling.high_freq_factor:
         raise InputError(
             "rope_scaling: expected low_freq_factor below high_freq_factor, got "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import err, out, print_json, print_table
+from ..console import err, out, print_json, print_table, telling_what_is_kept
 from ..options import AsJson, Db, DeviceName, database_url
 from .bench_page import PageGroup, page
 from .commandline import words_given
@@ -96,14 +96,15 @@ def core(
         workers=cores if workers is None else workers,
         seed=seed,
     )
-    result = benchmark.run(
-        options,
-        where,
-        target,
-        command=words_given(context, ["tilewise", "bench", "core"], UNTOLD),
-        standing=_standing(described.key, db),
-        tell=lambda line: err.print(line, markup=False),
-    )
+    with telling_what_is_kept(target):
+        result = benchmark.run(
+            options,
+            where,
+            target,
+            command=words_given(context, ["tilewise", "bench", "core"], UNTOLD),
+            standing=_standing(described.key, db),
+            tell=lambda line: err.print(line, markup=False),
+        )
     _show(result.report, target, as_json)
     if result.left:
         err.print(f"{result.left} rows are left: the same command goes on with them")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..console import err, out, print_json, print_table
+from tilewise.domain.errors import SettingsError
+
+from ..console import err, out, print_json, print_table, telling_what_is_kept
 from ..options import AsJson, DeviceName
 from .commandline import words_given
 
@@ -36,15 +38,24 @@ class PageGroup(TyperGroup):
 
 
 def spread(args: list[str]) -> list[str]:
-    """Return the arguments with the name of an option of MANY before each of its values."""
+    """Return the arguments with the name of an option of MANY before each of its values.
+
+    Raises SettingsError for such an option without any.
+    """
     found: list[str] = []
     name = ""
-    for word in args:
-        if word.startswith("-"):
-            name = word if word in MANY else ""
-            found += [] if name else [word]
-        else:
+    for place, word in enumerate(args):
+        if not word.startswith("-"):
             found += [name, word] if name else [word]
+            continue
+        head, equals, value = word.partition("=")
+        name = head if head in MANY else ""
+        if not name:
+            found.append(word)
+        elif equals and value:
+            found += [name, value]
+        elif equals or place + 1 == len(args) or args[place + 1].startswith("-"):
+            raise SettingsError(f"{name}: expected one value or more behind it, got none")
     return found
 
 
@@ -105,8 +116,6 @@ def page(
     what was tuned here; --cores takes it from the finals of `tilewise bench core --only KEY`, with the keys that
     --print-cores prints.
     """
-    from tilewise.domain.errors import SettingsError
-
     if context.invoked_subcommand is not None:
         given = words_given(context, (), ())
         if given:
@@ -165,7 +174,8 @@ def page(
         cores=cores,
     )
     command = words_given(context, ["tilewise", "bench"], UNTOLD)
-    result = benchmark.run(options, where, target, command=command, tell=lambda line: err.print(line, markup=False))
+    with telling_what_is_kept(target):
+        result = benchmark.run(options, where, target, command=command, tell=lambda line: err.print(line, markup=False))
     _show(result.report, target, as_json)
     if result.left:
         err.print(f"{result.left} rows are left: the same command goes on with them")
@@ -189,5 +199,6 @@ def _show(report: "PageReport", target: Path, as_json: bool) -> None:
         return
     words = {True: "met", False: "not met", None: "open"}
     lines = [(each.claim, each.found, each.wanted, words[each.met], each.worst) for each in report.verdicts]
-    print_table("", ("claim", "found", "wanted", "", "worst row"), lines)
+    if lines:
+        print_table("", ("claim", "found", "wanted", "", "worst row"), lines)
     out.print(f"written: {', '.join(map(str, written))}", markup=False)

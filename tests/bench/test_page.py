@@ -73,8 +73,8 @@ def test_sweeps() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (Chosen(models=("gpt",)), "unknown model 'gpt'; expected one of deepseek_v3, llama3_70b, llama3_405b"),
-        (Chosen(layers=("mhsa",)), "--layers: expected some of mha, self, gqa, mqa, latent, mla or .* got 'mhsa'"),
+        (Chosen(models=("gpt",)), "--models: expected some of deepseek_v3, llama3_70b, llama3_405b, got 'gpt'"),
+        (Chosen(layers=("mhsa",)), "--layers: expected some of mha, self, gqa, mqa, latent, mla, .* got 'mhsa'"),
         (Chosen(sweeps=("heads",)), "--sweep: expected seq_len or hidden, got 'heads'"),
         (Chosen(hidden=100), "--hidden 100: expected a multiple of the 128 heads"),
         (Chosen(hidden=96, heads=12), "--heads 12: expected a multiple of the 8 heads of keys and values"),
@@ -100,6 +100,13 @@ def test_several_values_behind_one_name() -> None:
         "core",
     ]
     assert spread(["core", "--rows", "forward"]) == ["core", "--rows", "forward"]
+    assert spread(["--models=a", "b", "--seq_len=8"]) == ["--models", "a", "--models", "b", "--seq_len=8"]
+
+
+@pytest.mark.parametrize("given", [["--models"], ["--models", "--layers", "mha"], ["--models="]])
+def test_no_value_behind_a_name(given: list[str]) -> None:
+    with pytest.raises(SettingsError, match="--models: expected one value or more behind it, got none"):
+        spread(given)
 
 
 # the plain form
@@ -294,6 +301,27 @@ def test_the_plots_show_every_timed_cell(tmp_path: Path) -> None:
     labels = {label.get_text() for label in memory.get_yticklabels()}
     assert "0.25" in labels
     assert memory.get_xlabel() == "hidden size"
+
+
+def test_rows_without_times_keep_their_place_and_tables_of_such_rows_are_not_drawn(tmp_path: Path) -> None:
+    def untimed(spec: Spec) -> PageRow:
+        return replace(a_row(spec, 0.25), cells=(Cell(backend="auto", outcome=Outcome.SKIPPED),))
+
+    report = page_report.opened(Path("nowhere"), made.RUN).with_row(untimed(PAGE[0]))
+    assert page_plot.draw(report, tmp_path / "page.png") == []
+    (panel,) = page_plot._bars([[untimed(PAGE[0]), a_row(PAGE[1], 0.25), untimed(PAGE[2])]], "a device").axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["MHA", "Self", "GQA"]
+    assert panel.get_xlim() == (-0.5, 2.5)
+
+
+def test_a_layer_by_any_of_its_names() -> None:
+    for short, long in page_specs.LAYERS.items():
+        assert page_specs.layer_named(short) == page_specs.layer_named(long) == short
+    for short, name in page_specs.CLASSES.items():
+        assert page_specs.layer_named(name) == short
+        layer = Spec(model="deepseek_v3", layer=short, pass_=Pass.INFERENCE, dtype=Dtype.FP32, causal=True, batch=1,
+                     seq_len=8, hidden=64, heads=4, kv_heads=2).build(torch.device("meta"))  # fmt: skip
+        assert type(layer).__name__ == name
 
 
 def test_lists_of_layers_agree() -> None:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tilewise.bench import baseline, core_report, core_row, page, page_report, page_row
-from tilewise.bench.page_records import BACKENDS, Cell
-from tilewise.bench.page_specs import Chosen
+from tilewise.bench.page_records import BACKENDS, Cell, PageRow
+from tilewise.bench.page_specs import Chosen, Spec
 from tilewise.cli import main as cli
 from tilewise.domain.config import Candidate, Config
 from tilewise.domain.problem import Dtype, Pass
@@ -170,8 +171,9 @@ def test_every_layer_is_checked_with_all_its_gradients(layer: str, bench: Bench,
     assert row.projection_flops == 6 * 24 * weights
 
 
-def test_sweeps_have_a_table_and_a_plot(bench: Bench, tmp_path: Path) -> None:
+def test_sweeps_have_a_table_and_a_plot(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert bench("--sweep", "seq_len", "--pass", "inference", "--backends", "pytorch", "auto") == 0
+    assert capsys.readouterr().out.startswith("written: ")  # of sweeps nothing is claimed
     assert [row.spec.seq_len for row in report_in(tmp_path).rows] == [6, 12, 24]
     assert (tmp_path / "page_seq_len.png").exists()
     assert (
@@ -193,7 +195,7 @@ def test_print_cores(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path:
     [
         (("--dtype", "fp16"), "--dtype: expected float16, bfloat16 or float32, got 'fp16'"),
         (("--pass", "backward"), "--pass: expected inference or training, got 'backward'"),
-        (("--models", "gpt"), "unknown model 'gpt'"),
+        (("--models", "gpt"), "--models: expected some of .*, got 'gpt'"),
         (("--backends", "pytorch", "cuda"), "--backends: expected some of pytorch, triton, .* got cuda"),
         (("--num_runs", "3", "core"), "--num_runs 3: expected options of core behind its name"),
         (("--trinix", "/nowhere"), "--trinix /nowhere: expected a folder"),
@@ -208,6 +210,24 @@ def test_bad_usage(
     assert len(said.splitlines()) == 1
     assert re.search(message, said)
     assert not (tmp_path / "page.json").exists()
+
+
+@pytest.mark.parametrize("command", [("bench",), ("bench", "core", "--only", "inference.fp32.b1.h2.kv2.q8.k8.d8")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("page.md", "expected a name that ends in .json"), ("file/page.json", "cannot be written .*; name another file")],
+)
+def test_where_no_report_can_be_written_nothing_is_measured(
+    command: tuple[str, ...], name: str, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["tilewise", *command, "--device", "cpu", "--output", str(tmp_path / name)])
+    assert ended(cli.main) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert re.search(f"--output .*{name}:? {message}", said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_the_script_takes_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -260,6 +280,9 @@ def test_a_layer_without_room_is_skipped_and_the_run_goes_on(
     assert {cell.message for cell in first.cells} == {
         "the layer and its check need about 0.0 GiB, of which 0.0 GiB are free"
     }
+    needed = {cell.backend: cell.needed_bytes for cell in first.cells}
+    assert needed["auto"] == 2 << 20
+    assert needed["pytorch"] == (2 << 20) + 2 * 8 * 24 * 24 * 4 + 3 * 24 * 64 * 2 * 4  # two score matrices, and copies
     assert second.timing("auto") is not None
     assert "the layer and its check need" in (tmp_path / "page.md").read_text()
 
@@ -286,6 +309,33 @@ def test_a_layer_that_runs_out_of_memory_is_skipped(
     monkeypatch.setattr(page_row.Subject, "bounds", bounds)
     assert bench(*ONE) == 0
     assert {cell.message for cell in cells_of(tmp_path).values()} == {"tried to allocate too much"}
+
+
+def test_ctrl_c_keeps_finished_rows_and_the_same_command_goes_on(
+    bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--models", "llama3_70b", "--layers", "mha", "gqa", "mqa", "--pass", "inference", "--backends", "auto")
+    for layer, said in (
+        ("mha", "interrupted: no row was finished"),
+        (
+            "mqa",
+            f"interrupted: finished rows are kept in {tmp_path / 'page.json'}; the same command goes on with the rest",
+        ),
+    ):
+        with monkeypatch.context() as patched:
+
+            def interrupted(spec: Spec, *given: Any, layer: str = layer, inner: Any = page_row.measure) -> PageRow:
+                if spec.layer == layer:
+                    raise KeyboardInterrupt
+                found: PageRow = inner(spec, *given)
+                return found
+
+            patched.setattr(page, "measure", interrupted)
+            assert bench(*command) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == said
+    assert [row.spec.layer for row in report_in(tmp_path).rows] == ["mha", "gqa"]
+    assert bench(*command) == 0
+    assert [row.spec.layer for row in report_in(tmp_path).rows] == ["mha", "gqa", "mqa"]
 
 
 def test_a_row_that_fails_as_a_whole(

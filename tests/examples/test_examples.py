@@ -30,8 +30,9 @@ def last_number(text: str) -> float:
     return float(re.findall(r"[0-9.]+(?:e[+-]\d+)?", text)[-1])
 
 
-def test_training_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--steps", "150", "--seq-len", "24", "--vocabulary", "16", "--embed-dim", "48")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in float16 Adam divides by zero
+def test_training_learns(dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--steps", "150", "--seq-len", "24", "--vocabulary", "16", "--embed-dim", "48", "--dtype", dtype)
     lines = said("train_gpt.py", monkeypatch, capsys, *flags).splitlines()
     first, last = last_number(lines[0]), last_number(lines[-1])
     assert first > 2.5
@@ -64,6 +65,23 @@ def test_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     out = said("cpu_inference.py", monkeypatch, capsys, *flags)
     assert "auto runs sdpa (default) for inference.fp32.b1.h4.kv4.q96.k96.d16.causal.window16" in out
     assert last_number(out) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [
+        *((name, flag, "fast") for name in ("custom_masks.py", "encoder_decoder.py", "llama_inference.py")
+          for flag in ("--dtype", "--kernel")),
+        ("train_gpt.py", "--dtype", "float16"),
+        ("train_gpt.py", "--kernel", "fast"),
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_be(
+    name: str, flag: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        said(name, monkeypatch, capsys, flag, value)
+    assert f"argument {flag}: invalid choice: '{value}' (choose from " in capsys.readouterr().err
 
 
 def test_every_example_is_run_here() -> None:

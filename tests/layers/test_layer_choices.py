@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,55 @@ def test_layers_compile_into_one_graph(form: str, fresh_dynamo: None) -> None:  
         wanted, _ = layer(rows(3, seed=1), past_key_value=cache, use_cache=True)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     assert longer.length == 9
+
+
+@pytest.mark.parametrize("form", ["grouped", "decoupled"])
+def test_masks_and_positions_after_lengths_have_become_symbols(form: str, fresh_dynamo: None) -> None:  # noqa: ARG001
+    layer = layer_of(form, causal=True, position_method="rope")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for length in (9, 8):
+            compiled(rows(length))
+        given: dict[str, Any]
+        for given in (
+            {"attn_mask": torch.rand(2, 7) < 0.7},
+            {"attn_mask": torch.randn(2, 1, 7, 7)},
+            {"position_ids": torch.arange(7)},
+            {"position_ids": torch.arange(7).repeat(2, 1)},
+        ):
+            torch.testing.assert_close(compiled(rows(7), **given), layer(rows(7), **given), rtol=1e-5, atol=1e-5)
+
+
+# transforms
+
+
+def test_a_kernel_that_a_transform_cannot_see_through_is_not_demoted(
+    ran: Ran, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, x = layer_of("grouped", causal=True, kernel_type=Candidate("cpu_tiled")), rows(6)
+    weights = dict(layer.named_parameters())
+    for _ in range(2):
+        found = torch.func.grad(lambda given: torch.func.functional_call(layer, given, (x,)).square().sum())(weights)
+        ran.clear()
+        layer(x).square().sum().backward()
+        assert [each.backend for each in ran] == ["cpu_tiled", "sdpa"]  # which computes the gradients
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-4)
+            weight.grad = None
+    (said,) = caplog.records
+    assert "cpu_tiled failed inside a transform of torch.func" in said.getMessage()
+
+
+def test_dropout_has_one_seed_for_all_of_a_vmap() -> None:
+    layer, x = layer_of("self", dropout=0.5), rows(6)
+
+    def each(row: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = layer(row[None])[0]
+        return out
+
+    with pytest.raises(InputError, match=r"dropout: expected one seed for a call, .* use randomness='same'"):
+        torch.vmap(each, randomness="different")(x)
+    assert torch.vmap(each, randomness="same")(x).shape == x.shape
 
 
 # absorption
@@ -303,3 +353,18 @@ def test_a_module_that_learns() -> None:
     assert gradient is not None
     assert bool((gradient != 0).any())
     assert layer.o_proj.weight.shape == (EMBED, EMBED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel_type", ["auto", "pytorch"])
+def test_a_layer_on_the_meta_device_gives_shapes(form: str, kernel_type: str) -> None:
+    layer = layer_of(form, causal=True, dropout=0.1, kernel_type=kernel_type, device="meta")
+    x = rows(5).to("meta").requires_grad_()
+    out, lse, cache = layer(x, attn_mask=torch.zeros(5, 5, device="meta"), return_lse=True, use_cache=True)
+    assert (out.shape, lse.shape, cache.length) == (x.shape, (2, HEADS, 5), 5)
+    out.sum().backward()
+    assert all(weight.grad is not None and weight.grad.is_meta for weight in layer.parameters())
+    with torch.no_grad():
+        assert layer(x[:, :1], past_key_value=cache).is_meta
+    with pytest.raises(InputError, match=r"expected query torch.float32 on meta .* got torch.float16 \(2, 5, 48\)"):
+        layer(x.half())

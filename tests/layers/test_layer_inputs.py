@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from tilewise import FastGroupedQueryAttention, FastMultiHeadAttention, FastMultiHeadLatentAttention, KeyValueCache
+from tilewise import (
+    FastGroupedQueryAttention,
+    FastMultiHeadAttention,
+    FastMultiHeadLatentAttention,
+    FastMultiQueryAttention,
+    KeyValueCache,
+)
 from tilewise.domain.errors import InputError
 from tilewise.layers.rope_scaling import Yarn
 
@@ -93,6 +99,12 @@ def test_alibi_counts_places_itself() -> None:
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "dropout: expected a share of at least 0 and below 1, got 1.0"),
     ({"dropout": True}, "dropout: expected a share .* got True"),
+    *(
+        ({name: "no"}, f"{name}: expected True or False, got 'no'")
+        for name in ("bias", "causal", "qk_norm", "add_zero_attn", "batch_first", "strict")
+    ),
+    ({"causal": 1}, "causal: expected True or False, got 1"),
+    ({"qk_norm_eps": -1e-6}, "qk_norm_eps: expected a number of at least 0, got -1e-06"),
     ({"position_method": "RoPE"}, "position_method: expected one of none, rope, alibi or an nn.Module, got 'RoPE'"),
     ({"position_method": "rope", "head_dim": 7}, "'rope' needs an even head_dim .* got 7"),
     ({"position_method": "rope", "rope_base": 0}, "rope_base: expected a number above 1, got 0"),
@@ -103,6 +115,16 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear"}}, "linear has the fields factor, needs factor"),
     ({"rope_scaling": {"type": "linear", "factor": 2, "mscale": 1}}, "does not take mscale"),
     ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor: expected a number of at least 1, got 0.5"),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        "rope_scaling: linear belongs to position_method 'rope', got 'none'",
+    ),
+    (
+        {"rope_scaling": Yarn(factor=2.0), "position_method": torch.nn.Identity()},
+        "rope_scaling: yarn belongs to position_method 'rope', got 'Identity'",
+    ),
+    ({"rope_scaling": Yarn(factor=2.0, beta_slow=0)}, "expected beta_slow above 0 .* beta_fast, got 0 and 32"),
+    ({"rope_scaling": Yarn(factor=2.0, beta_fast=0.5)}, "expected beta_slow above 0 .*, got 1.0 and 0.5"),
     ({"rope_scaling": Yarn(factor=float("nan"))}, "factor: expected a number of at least 1, got nan"),
     (
         {"rope_scaling": {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4,
@@ -127,6 +149,9 @@ def test_sizes() -> None:
         FastGroupedQueryAttention(EMBED, HEADS, 3)
     with pytest.raises(InputError, match="kdim: expected a whole number of at least 1, got 0"):
         FastMultiHeadAttention(EMBED, HEADS, kdim=0)
+    for layer in (FastMultiHeadAttention, FastMultiQueryAttention):
+        with pytest.raises(InputError, match=r"^num_heads: expected a whole number of at least 1, got 0"):
+            layer(EMBED, 0)
     for options, message in (
         ({"latent_dim": 0}, "latent_dim: expected a whole number of at least 1, got 0"),
         ({"q_rank": 8}, "q_rank 8 belongs to kv_rank"),
@@ -134,7 +159,28 @@ def test_sizes() -> None:
         ({"kv_rank": 8, "head_dim": 8}, "head_dim: expected none with kv_rank, got 8"),
         ({"kv_rank": 8, "qk_norm": True}, "qk_norm: expected none with kv_rank, got True"),
         ({"kv_rank": 8, "position_method": "alibi"}, "expected 'rope' or 'none' with kv_rank, got 'alibi'"),
+        (
+            {"kv_rank": 8, "position_method": "none", "rope_scaling": Yarn(factor=2.0)},
+            "yarn belongs to .*'rope', got 'none'",
+        ),
+        ({"kv_rank": 8, "absorb": "yes"}, "absorb: expected True or False, got 'yes'"),
+        ({"kv_rank": 8, "rope_interleave": 1}, "rope_interleave: expected True or False, got 1"),
+        ({"kv_rank": 8, "norm_eps": "small"}, "norm_eps: expected a number of at least 0, got 'small'"),
         ({"kv_rank": 8, "rope_head_dim": 5}, "needs an even head_dim .* got 5"),
     ):
         with pytest.raises(InputError, match=message):
             latent(**options)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "grouped"])
+def test_only_the_grouped_layer_takes_heads_of_keys(form: str) -> None:
+    with pytest.raises(TypeError, match="num_kv_heads"):
+        FORMS[form](num_kv_heads=2)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, that it is old and that shapes become constants
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trace_points_to_what_keeps_lengths_open(form: str, ran: Ran) -> None:
+    with pytest.raises(InputError, match=r"inside torch\.jit\.trace; use torch\.export or torch\.compile"):
+        torch.jit.trace(layer_of(form, causal=True), (rows(5),))
+    assert not ran
