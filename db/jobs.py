@@ -17,13 +17,14 @@ from tilewise.domain.trial import now
 
 from . import paging, references
 from .clock import database_now
-from .models import JobEventRow, JobRow
+from .models import JobEventRow, JobRow, TrialRow
 from .paging import Page, Position
 
 ENDED = tuple(state for state in JobState if state.ended)
 _OPEN = tuple(state for state in JobState if not state.ended)
 # Workers that a job may lose before it counts as the one that kills them.
 MAX_ATTEMPTS = 5
+SILENCE = timedelta(hours=1)  # without a trial, after which a tuning without a lease counts as killed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,11 @@ class JobRepository:
         self._session = session
 
     def create(self, problem: Problem, device_key: str, budget: Budget) -> Job:
-        """Queue a job and return it. Raises DeviceError where `device_key` is no device key."""
+        """Queue a job and return it; those of its device that nobody can be running any more are failed.
+
+        Raises DeviceError where `device_key` is no device key.
+        """
+        self._fail_silent(device_key)
         job = Job(id=uuid.uuid4().hex, problem=problem, device_key=device_key, budget=budget)
         self._session.add(
             JobRow(
@@ -246,6 +251,21 @@ class JobRepository:
         """Return what happened to a job last, the newest first."""
         query = select(JobEventRow).where(JobEventRow.job_id == job_id).order_by(JobEventRow.id.desc())
         return tuple(_event(row) for row in self._session.scalars(query.limit(limit)))
+
+    def _fail_silent(self, device_key: str) -> None:
+        """End the tunings of a device that were killed: `tilewise tune` has no lease that would say so."""
+        moment = database_now(self._session)
+        heard = select(TrialRow.id).where(TrialRow.job_id == JobRow.id, TrialRow.tried > moment - SILENCE).exists()
+        message = "nothing was heard of it for an hour; the same command goes on from its finished trials"
+        silent = (
+            update(JobRow)
+            .where(JobRow.device_key == device_key, JobRow.state == JobState.RUNNING, JobRow.lease_owner.is_(None))
+            .where(JobRow.started < moment - SILENCE, ~heard)
+            .values(state=JobState.FAILED, finished=moment, message=message)
+            .returning(JobRow.id)
+        )
+        for job_id in self._session.scalars(silent).all():
+            self._note(job_id)
 
     def _note(self, job_id: str) -> None:
         """Keep as an event what the job is now."""

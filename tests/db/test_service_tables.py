@@ -7,14 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 from tests.domain.examples import DEVICE, PROBLEM, SDPA, SOFTWARE, TILED, answer, measurement
 
 from tilewise.db.answers import AnswerRepository
 from tilewise.db.demand import DemandRepository
 from tilewise.db.devices import DeviceRepository, ProblemRepository
 from tilewise.db.finals import FinalRepository, with_software
-from tilewise.db.jobs import MAX_ATTEMPTS, JobRepository
+from tilewise.db.jobs import MAX_ATTEMPTS, SILENCE, JobRepository
+from tilewise.db.models import JobRow
 from tilewise.db.pins import PinRepository
 from tilewise.db.session import Database
 from tilewise.db.snapshots import ChannelRepository, SnapshotRepository
@@ -91,6 +92,25 @@ class TestClaims:
         with database.write() as session:
             assert JobRepository(session).start(job.id) == 1
             assert JobRepository(session).claim(DEVICE, "w", lease=60) is None
+
+    def test_a_tuning_of_which_nothing_is_heard_fails_when_another_begins(self, database: Database) -> None:
+        killed, quiet, leased, fresh = queue(database, 4)
+        with database.write() as session:
+            repository = JobRepository(session)
+            assert [repository.start(job.id) for job in (killed, quiet)] == [1, 1]
+            claimed = repository.claim(DEVICE, "w", lease=-1)
+            assert claimed is not None
+            assert claimed.job.id == leased.id
+            heard = Trial(candidate=SDPA, stage=Stage.FORWARD, outcome=Outcome.SKIPPED, job=quiet.id, attempt=1)
+            TrialRepository(session).add(heard, problem=PROBLEM, device_key=DEVICE, software=SOFTWARE)
+            long_ago = now() - SILENCE - timedelta(seconds=1)
+            session.execute(update(JobRow).where(JobRow.id != fresh.id).values(started=long_ago))
+        queue(database)
+        with database.read() as session:
+            repository = JobRepository(session)
+            states = [found.job.state for job in (killed, quiet, leased, fresh) if (found := repository.get(job.id))]
+            assert states == [JobState.FAILED, JobState.RUNNING, JobState.RUNNING, JobState.QUEUED]
+            assert "nothing was heard" in repository.events(killed.id)[-1].message
 
     def test_of_many_claims_at_once_each_gets_another_job(self, database: Database) -> None:
         wanted = {job.id for job in queue(database, 24)}
