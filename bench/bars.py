@@ -15,6 +15,7 @@ OTHER = "other"
 COPY = "copy"  # the rival of decoding: what a copy of the same bytes would take
 NOT_TORCH = ("flash_cute", "flash")  # peers that are no path of torch
 OURS = {DeviceKind.CUDA: "triton", DeviceKind.CPU: "cpu_tiled"}
+OUR_BACKENDS = (*OURS.values(), "triton_decode")
 TORCH = {
     DeviceKind.CUDA: ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "flex", "plain"),
     DeviceKind.CPU: ("sdpa", "sdpa_math", "plain", "flex_cpu"),

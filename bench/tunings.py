@@ -38,12 +38,12 @@ from tilewise.tuner.crew import Crew, Pipeline
 from tilewise.tuner.progress import Spent
 
 from . import landscape, report_file
+from .bars import OUR_BACKENDS
 
 COMMAND = "python -m tilewise.bench.tunings"
 ROUNDS, SECONDS = 120, 60.0
 SLOW = 2.0  # times the best: a default that is slower is not in the final
 SEED = 0  # of the final's inputs
-OURS = ("triton", "triton_decode", "cpu_tiled")
 OPTIMA = 3  # of a landscape, its best configs: the recorded order of near ones is noise
 # Where compiled kernels stay: each tuning has folders of its own.
 CACHES = (
@@ -110,7 +110,9 @@ class Row:
     @property
     def over_others(self) -> float | None:
         """The same of the defaults that are not our own kernels'; None before the final."""
-        return self._over(each.ratio for each in self.compared if each.default and each.candidate.backend not in OURS)
+        return self._over(
+            each.ratio for each in self.compared if each.default and each.candidate.backend not in OUR_BACKENDS
+        )
 
     def _over(self, ratios: Iterable[float]) -> float | None:
         best, winners = min(ratios, default=None), self._winners()

@@ -95,11 +95,8 @@ def telemetry(device: torch.device) -> Telemetry:
     """
     if device.type != "cuda":
         return Telemetry()
-    with contextlib.suppress(DeviceError), _nvml() as nvml:
-        try:
-            handle = _handle(nvml, torch.cuda.current_device() if device.index is None else device.index)
-        except nvml.NVMLError:
-            return Telemetry()
+    with contextlib.suppress(DeviceError), _nvml() as nvml, contextlib.suppress(nvml.NVMLError):
+        handle = _handle(nvml, torch.cuda.current_device() if device.index is None else device.index)
         clock = power = temperature = None  # a slice or a virtual GPU does not tell all of them
         with contextlib.suppress(nvml.NVMLError):
             clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)

@@ -246,7 +246,7 @@ class Pipeline:
         self._alone = self._described.kind is DeviceKind.CPU  # compiling and measuring share the cores
         self._queues = _Queues()
         self._longest = 0.0  # seconds of a right candidate
-        self._deaths = 0  # in a row, of processes that had not prepared the problem yet
+        self._died = False  # whether the last process did, before it had prepared the problem
         self._best_ratio = float("inf")
         self._deferred, self._patience = 0.0, float("inf")
         self._mixed = False  # whether any compile ahead that import nothing slow
@@ -461,7 +461,7 @@ class Pipeline:
     def _measured(self, waiting: _Waiting, ended: Ended) -> None:
         if ended.outcome is Outcome.OK:
             assert isinstance(ended.result, Trial)
-            self._deaths = 0
+            self._died = False
             if ended.result.outcome is Outcome.OK:
                 self._longest = max(self._longest, ended.result.seconds)
                 self._crew.has_run(waiting.candidate.backend)
@@ -481,10 +481,10 @@ class Pipeline:
         """
         unprepared = ended.phase in ("start", "prepare")
         died = unprepared and ended.outcome is Outcome.WORKER_DIED
-        if unprepared and not (died and self._deaths == 0):
+        if unprepared and (self._died or not died):
             key = self._preparation.problem.key
             raise TuningError(f"{key}: its tensors and their references cannot be computed: {ended.message}")
-        self._deaths = int(died)
+        self._died = died
         return died
 
     def _finish(self, waiting: _Waiting, trial: Trial) -> None:

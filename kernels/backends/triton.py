@@ -236,7 +236,10 @@ def _default(role: str, tiles: Tiles) -> Config:
     if tiles.narrow and tiles.tma:
         sizes["padded"] = False
     if _may_visit_at_once(role, tiles):  # of half-precision masks the default's tiles take 58% of the time in one loop
-        whole = tma and tiles.mask_bytes == 2 and block_n != tiles.head_dim
-        fits = shared_memory(role, tiles, {**sizes, "tma": tma, "one_loop": True}) <= tiles.shared_memory
-        sizes["one_loop"] = whole and fits
+        sizes["one_loop"] = (
+            tma
+            and tiles.mask_bytes == 2
+            and block_n != tiles.head_dim
+            and shared_memory(role, tiles, {**sizes, "tma": tma, "one_loop": True}) <= tiles.shared_memory
+        )
     return Config.of(f"triton_{role}", tma=tma, **sizes)
